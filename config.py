@@ -1,0 +1,283 @@
+"""Every knob of the project, each with its reason, and the command line that sets them. No JAX in here: flags come first.
+
+A program calls `parse(SomeConfig)`; `python train.py PRESET --key=value` starts from a named preset. Flags are nanoGPT's names
+wherever nanoGPT has one. A user's mistake ends in one sentence on stderr and exit code 2.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+Dtype = Literal["float32", "bfloat16"]
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise ValueError(sentence) unless condition holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT and how it computes. The defaults are GPT-2 124M."""
+
+    block_size: int = 1024
+    """longest context in tokens: the number of learned positions"""
+    vocab_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 50257
+    """number of tokens; not a flag, it comes from the data set or the checkpoint"""
+    n_layer: int = 12
+    """number of blocks"""
+    n_head: int = 12
+    """attention heads per block; must divide n_embd"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    dropout: float = 0.0
+    """probability of dropping an activation while training; 0 is good for pretraining, try 0.1+ for finetuning"""
+    bias: bool = True
+    """biases in Linear and LayerNorm, as GPT-2 has them; without is a bit better and faster"""
+    activation: Literal["gelu_new", "gelu", "relu", "silu"] = "gelu_new"
+    """of the MLP: gelu_new is GPT-2's tanh form, gelu the exact erf form (about twice the time on a CPU)"""
+    layer_norm_epsilon: float = 1e-5
+    """added to the variance in LayerNorm"""
+    vocab_multiple: int = 64
+    """the embedding is padded to a multiple of this (50257 -> 50304) so that its matmuls tile well and divide over
+    devices; the padding is masked and never sampled"""
+    dtype: Dtype = "float32"
+    """what matmul inputs are rounded to; parameters, sums, softmax, LayerNorm and loss are float32 always"""
+    remat: bool = False
+    """recompute each block in the backward pass instead of storing its activations: less memory, a third more work"""
+    scan_unroll: int = 1
+    """blocks per iteration of the scan over layers: n_layer is faster for small models on CPU, 1 compiles fastest"""
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple", "scan_unroll"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V of the embedding: vocab_size rounded up to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    def num_params(self, embeddings: bool = True) -> int:
+        """Number of parameters without vocabulary padding; embeddings=False leaves the positions out, as nanoGPT
+        counts N for FLOPs (the token embedding stays in: it is the head's weight too)."""
+        C, b = self.n_embd, int(self.bias)
+        block = 12 * C * C + b * 9 * C + 2 * (1 + b) * C
+        return self.n_layer * block + (1 + b) * C + self.vocab_size * C + embeddings * self.block_size * C
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT on the token files that prepare.py wrote: python train.py PRESET [--key=value ...]"""
+
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = GPTConfig(bias=False)
+    # Data and output.
+    dataset: str = "openwebtext"
+    """name of a data set of prepare.py"""
+    data_dir: Path | None = None
+    """where its train.bin, val.bin and meta.json are (default: data/<dataset>)"""
+    out_dir: Path = Path("out")
+    """checkpoints, config.json, meta.json, metrics.jsonl and loss.png go here"""
+    init_from: str = "scratch"
+    """scratch, or resume (go on from out_dir)"""
+    # Evaluation and logging.
+    eval_interval: int = 2000
+    """steps between evaluations; a checkpoint is saved after each"""
+    eval_iters: int = 200
+    """batches of each split in an evaluation: always the same ones, so that losses compare"""
+    eval_only: bool = False
+    """evaluate once and stop"""
+    eval_full: bool = False
+    """evaluate on every token of the validation split instead of eval_iters batches"""
+    log_interval: int = 10
+    """steps between lines of metrics.jsonl"""
+    tensorboard: bool = False
+    """also write TensorBoard files to out_dir/tensorboard (needs tensorboardX)"""
+    wandb_log: bool = False
+    """also log to Weights & Biases (needs wandb)"""
+    wandb_project: str = "jax-nanogpt"
+    wandb_run_name: str = "gpt"
+    profile: bool = False
+    """write a profiler trace of steps 10 to 20 to out_dir/profile"""
+    # Batch.
+    batch_size: int = 12
+    """sequences in a micro-batch, over all devices"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches per update"""
+    loss_chunks: int = 1
+    """compute the loss in this many pieces along T, so that float32 logits (B, T, V) are never held at once"""
+    # Optimizer.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the update of each block's matrices, the rest is AdamW"""
+    learning_rate: float = 6e-4
+    """the highest"""
+    max_iters: int = 600_000
+    """updates"""
+    weight_decay: float = 1e-1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """clip gradients to this global norm; 0 does not clip"""
+    decay_lr: bool = True
+    """False: the rate stays at learning_rate after the warmup"""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine to min_lr, or warmup-stable-decay: flat, then linear to min_lr over the last fifth"""
+    warmup_iters: int = 2000
+    lr_decay_iters: int | None = None
+    """step at which the rate arrives at min_lr (default: max_iters; about that, by Chinchilla)"""
+    min_lr: float = 6e-5
+    """usually learning_rate / 10"""
+    seed: int = 1337
+    """of the parameters, the batches and dropout"""
+
+    def __post_init__(self):
+        positive = ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps",
+                    "loss_chunks", "max_iters")
+        for name in positive:
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "seed"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+        require(self.model.block_size % self.loss_chunks == 0,
+                f"block_size={self.model.block_size} must be divisible by loss_chunks={self.loss_chunks}")
+        require(not self.decay_lr or self.warmup_iters < self.decay_steps,
+                f"warmup_iters={self.warmup_iters} must be less than lr_decay_iters={self.decay_steps}")
+
+    @property
+    def decay_steps(self) -> int:
+        return self.lr_decay_iters or self.max_iters
+
+    @property
+    def data_path(self) -> Path:
+        return self.data_dir or Path("data") / self.dataset
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Write text with a trained model: python sample.py --out_dir=DIR --start="..." """
+
+    out_dir: Path = Path("out")
+    """a directory that train.py wrote"""
+    start: str = "\n"
+    """the prompt; FILE:path reads it from a file"""
+    num_samples: int = 10
+    """samples to draw, one after the other on the screen, all in one batch on the device"""
+    max_new_tokens: int = 500
+    """tokens per sample; past block_size the context slides (see GPT.generate)"""
+    temperature: float = 0.8
+    """1 samples from the model's distribution, below 1 is safer, 0 always takes the likeliest token"""
+    top_k: int | None = 200
+    """keep only the k likeliest tokens (None keeps all)"""
+    top_p: float = 1.0
+    """keep the smallest set of tokens whose probability is at least p"""
+    seed: int = 1337
+    """sample i is drawn with seed + i"""
+    dtype: Dtype | None = None
+    """what matmul inputs are rounded to (default: as trained)"""
+
+    def __post_init__(self):
+        require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
+        require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k} must be at least 1, or None for all")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+
+
+TRAIN_PRESETS = {
+    # The Python standard library's own source, by characters: needs no network. What `make demo` trains.
+    "pystdlib_char": TrainConfig(
+        model=GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False, scan_unroll=4, dtype="bfloat16"),
+        dataset="pystdlib_char", out_dir=Path("out-pystdlib-char"), batch_size=12, eval_interval=500, eval_iters=20,
+        learning_rate=2e-3, max_iters=4000, min_lr=2e-4, beta2=0.99, warmup_iters=100),
+    # nanoGPT's "baby GPT", for one GPU: best validation loss 1.47.
+    "shakespeare_char": TrainConfig(
+        model=GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False, dtype="bfloat16"),
+        dataset="shakespeare_char", out_dir=Path("out-shakespeare-char"), batch_size=64, eval_interval=250,
+        learning_rate=1e-3, max_iters=5000, min_lr=1e-4, beta2=0.99, warmup_iters=100),
+    # nanoGPT's CPU recipe: validation loss 1.88 in two minutes.
+    "shakespeare_char_cpu": TrainConfig(
+        model=GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False, scan_unroll=4, dtype="bfloat16"),
+        dataset="shakespeare_char", out_dir=Path("out-shakespeare-char-cpu"), batch_size=12, eval_interval=250,
+        eval_iters=20, learning_rate=1e-3, max_iters=2000, min_lr=1e-4, beta2=0.99, warmup_iters=100),
+    # GPT-2 finetuned on Shakespeare in GPT-2's tokens: 32 sequences an update, a few updates, constant rate.
+    "finetune_shakespeare": TrainConfig(
+        dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2", eval_interval=5,
+        eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32, loss_chunks=8, max_iters=20,
+        learning_rate=3e-5, decay_lr=False, warmup_iters=0),
+    # GPT-2 124M on OpenWebText: about 0.5M tokens an update, 300B in all. nanoGPT: loss 2.85, 4 days on 8 A100.
+    "gpt2": TrainConfig(
+        model=GPTConfig(bias=False, dtype="bfloat16"), dataset="openwebtext", out_dir=Path("out-gpt2"),
+        batch_size=12 * 8, gradient_accumulation_steps=5, loss_chunks=8, eval_interval=1000),
+}
+
+
+def parse(config_class: type[Config], argv: list[str] | None = None, presets: dict[str, Config] | None = None) -> Config:
+    """The command line `[PRESET] --key=value ...` as a config_class; PRESET only, and always, where presets are given.
+
+    Bad input prints one sentence to stderr and exits with code 2; --help prints every knob and exits with 0."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    description, default = config_class.__doc__, None
+    if presets:
+        description += f"\n\nPRESET is one of: {', '.join(presets)}"
+        if argv and not argv[0].startswith("-"):
+            name = argv.pop(0)
+            if name not in presets:
+                fail(f"there is no preset {name!r}; the presets are {', '.join(presets)}")
+            default = presets[name]
+        elif not {"-h", "--help"} & set(argv):
+            fail(f"name a preset first: {', '.join(presets)}")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(config_class, args=argv, default=default, description=description,
+                            use_underscores=True, prog=Path(sys.argv[0]).name,
+                            config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as e:
+        if e.code:
+            fail(sentence_of(errors.getvalue()))
+        raise
+
+
+def sentence_of(box: str) -> str:
+    """The words of tyro's framed error as one line, without the help text below them."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    text = re.split(r"─{3,} (?:Argument helptext|For full helptext)", text)[0]
+    return re.sub(r" ?─{3,} ?", "; ", text).strip() + " (--help lists every flag)"
+
+
+def fail(sentence: str) -> None:
+    """End the program: one sentence on stderr, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Inside, a user's mistake (ValueError, FileNotFoundError) ends the program with its sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as e:
+        if isinstance(e, FileNotFoundError) and e.filename:
+            e = f"there is no file {e.filename}"
+        fail(str(e))
+
+
+def changed(config: GPTConfig) -> dict:
+    """The fields of a GPTConfig that differ from GPT-2's defaults: what a user asks to override in a pretrained model."""
+    return {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
