@@ -1,0 +1,427 @@
+"""GPT-2 in Flax NNX, defined once: training calls it without a cache, generation with one.
+
+Shapes: B batch, T tokens, C n_embd, H heads, D head_dim = C / H, L layers, V padded vocabulary, S cache slots.
+Names are GPT-2's own (wte, wpe, h, ln_1, attn.c_attn, ...). Precision, stated once: parameters, sums, softmax, LayerNorm and
+loss are float32; the inputs of every matmul are rounded to config.dtype (see `einsum`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from config import GPTConfig, require
+
+ACTIVATIONS = {
+    "gelu_new": partial(jax.nn.gelu, approximate=True),  # GPT-2's, tanh form
+    "gelu": partial(jax.nn.gelu, approximate=False),     # exact, by erf
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+Params = dict  # nested dict of arrays, keyed by the path of the module attribute: {"h": {"ln_1": {"scale": (L, C)}}}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
+    """jnp.einsum(spec, a, b) with inputs rounded to dtype and summed in float32; returns float32.
+
+    The gradient's two matmuls round their inputs alike: the cotangent is rounded too, where plain JAX would multiply float32 by
+    bfloat16. Every index of an operand must occur in the other operand or in the output."""
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _einsum_fwd(spec, a, b, dtype):
+    a, b = a.astype(dtype), b.astype(dtype)
+    return einsum(spec, a, b, dtype), (a, b)
+
+
+def _einsum_bwd(spec, dtype, inputs, g):
+    a, b = inputs
+    (a_spec, b_spec), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    return einsum(f"{out},{b_spec}->{a_spec}", g, b, dtype), einsum(f"{a_spec},{out}->{b_spec}", a, g, dtype)
+
+
+einsum.defvjp(_einsum_fwd, _einsum_bwd)
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32; the bias is optional (Ba et al. 2016)."""
+
+    def __init__(self, config: GPTConfig):
+        self.epsilon = config.layer_norm_epsilon
+        self.scale = nnx.Param(jnp.ones(config.n_embd))
+        self.bias = nnx.Param(jnp.zeros(config.n_embd)) if config.bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., C) -> (..., C)"""
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        return x if self.bias is None else x + self.bias[...]
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias; kernel (in, out) float32 as GPT-2's Conv1D has it. nnx.Linear cannot sum bfloat16 inputs in
+    float32 both forward and backward."""
+
+    def __init__(self, inputs: int, outputs: int, config: GPTConfig):
+        self.dtype = config.dtype
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))  # GPT._init_weights fills it
+        self.bias = nnx.Param(jnp.zeros(outputs)) if config.bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, in) -> (B, T, out) float32"""
+        y = einsum("bti,io->bto", x, self.kernel[...], self.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each element with probability rate and scale the rest by 1 / (1 - rate); no key, no dropout (Srivastava et al. 2014)."""
+    return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, rate: float = 0.0,
+                     dropout_key: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v, each position over itself and those before it (Vaswani et al. 2017).
+
+    q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities."""
+    T, D = q.shape[1], q.shape[3]
+    q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))  # (B, H, T, D)
+    scores = einsum("bhtd,bhsd->bhts", q, k, dtype)
+    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
+    probs = dropout(jax.nn.softmax(scores), rate, dropout_key)
+    return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
+
+
+class CausalSelfAttention(nnx.Module):
+    def __init__(self, config: GPTConfig):
+        self.config = config
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config)
+
+    def __call__(self, x: jax.Array, cache=None, layer=None, keys=(None, None)):
+        """x (B, T, C) -> (B, T, C), cache. Without a cache: causal attention over x. With one (see KVCache): the T tokens
+        extend what `layer` of the cache holds, any T >= 1. keys: for dropout of the probabilities and of the output."""
+        B, T, C = x.shape
+        H, D = self.config.n_head, self.config.head_dim
+        q, k, v = (a.reshape(B, T, H, D) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        if cache is None:
+            y = causal_attention(q, k, v, self.config.dtype, self.config.dropout, keys[0])
+        else:
+            y, cache = cache.attend(layer, q, k, v)
+        return dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, keys[1]), cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: GPTConfig):
+        self.activation, self.rate = ACTIVATIONS[config.activation], config.dropout
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """(B, T, C) -> (B, T, C)"""
+        return dropout(self.c_proj(self.activation(self.c_fc(x))), self.rate, key)
+
+
+class Block(nnx.Module):
+    """One pre-LayerNorm transformer block (Radford et al. 2019)."""
+
+    def __init__(self, config: GPTConfig):
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: jax.Array, cache=None, layer=None, dropout_key: jax.Array | None = None):
+        """x (B, T, C), cache -> x (B, T, C), cache"""
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        y, cache = self.attn(self.ln_1(x), cache, layer, keys[:2])
+        x = x + y
+        return x + self.mlp(self.ln_2(x), keys[2]), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Dense keys and values of B rows, with room for S tokens each. Rows may hold different numbers of tokens."""
+
+    k: jax.Array       # (L, B, H, S, D) in the compute dtype
+    v: jax.Array       # (L, B, H, S, D)
+    length: jax.Array  # (B,) int32 tokens held
+
+    @classmethod
+    def create(cls, config: GPTConfig, batch: int, slots: int) -> "KVCache":
+        shape = (config.n_layer, batch, config.n_head, slots, config.head_dim)
+        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros(batch, jnp.int32))
+
+    def positions(self, T: int) -> jax.Array:
+        """(B, T) positions of the next T tokens of each row."""
+        return self.length[:, None] + jnp.arange(T)
+
+    def attend(self, layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, "KVCache"]:
+        """Write k, v of T new tokens, then attend q over all that each row holds up to and including itself.
+
+        q, k, v (B, T, H, D); returns (B, T, H, D) float32 and the extended cache. A token past slot S is not written."""
+        B, T, H, D = q.shape
+        at = self.positions(T)
+        # Advanced indices with a slice between them: the indexed shape is (B, T, H, D), as k has it.
+        write = lambda pages, new: pages.at[layer, jnp.arange(B)[:, None], :, at].set(new.astype(pages.dtype), mode="drop")
+        cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+        dtype = str(self.k.dtype)
+        scores = einsum("bthd,bhsd->bhts", q * D**-0.5, cache.k[layer], dtype)
+        visible = jnp.arange(self.k.shape[3]) <= at[:, None, :, None]  # (B, 1, T, S)
+        probs = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+        return einsum("bhts,bhsd->bthd", probs, cache.v[layer], dtype), cache
+
+    def advance(self, T: int) -> "KVCache":
+        return dataclasses.replace(self, length=self.length + T)
+
+
+class GPT(nnx.Module):
+    """GPT-2 (Radford et al. 2019): token and position embeddings, L blocks, LayerNorm, a head tied to the token embedding.
+
+    The blocks are one Block whose every parameter has a leading layer axis; the forward pass scans over it, so compile time does
+    not depend on n_layer. `for_inference` unstacks them."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, rngs=rngs)
+        self.wpe = nnx.Embed(config.block_size, config.n_embd, rngs=rngs)
+        self.h = nnx.vmap(lambda _: Block(config), out_axes=0)(jnp.arange(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self._init_weights(rngs)
+
+    def _init_weights(self, rngs: nnx.Rngs) -> None:
+        """GPT-2's initialisation, by parameter path: normal(0.02) for embeddings and kernels, residual projections scaled
+        by 1/sqrt(2 L); biases stay 0 and scales 1. Rows of the vocabulary padding are 0."""
+        def init(path, param):
+            name = ".".join(map(str, path))
+            if name.endswith(("kernel", "embedding")):
+                std = 0.02 * (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.kernel") else 0.02
+                param = std * jax.random.normal(rngs.params(), param.shape)
+                if name == "wte.embedding":
+                    param = param.at[self.config.vocab_size:].set(0)
+            return param
+
+        state = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        flat = nnx.traversals.flatten_mapping(state)
+        nnx.update(self, nnx.traversals.unflatten_mapping({path: init(path, param) for path, param in flat.items()}))
+
+    def __call__(self, tokens: jax.Array, cache=None, *, dropout_key: jax.Array | None = None):
+        """tokens (B, T) int -> logits (B, T, V) float32, cache. Without a cache: plain causal attention, T <= block_size.
+
+        Columns of the vocabulary padding are -inf. dropout_key: pass one to train with dropout."""
+        x, cache = self.hidden(tokens, cache, dropout_key=dropout_key)
+        return self.logits(x), cache
+
+    def hidden(self, tokens: jax.Array, cache=None, *, dropout_key: jax.Array | None = None):
+        """tokens (B, T) -> what the head reads: (B, T, C) float32, cache."""
+        T = tokens.shape[1]
+        require(T <= self.config.block_size, f"{T} tokens do not fit block_size={self.config.block_size}")
+        key, block_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        positions = jnp.arange(T) if cache is None else cache.positions(T)
+        x = self.wte(tokens).astype(jnp.float32) + self.wpe(positions).astype(jnp.float32)
+        x, cache = self.blocks(dropout(x, self.config.dropout, key), cache, block_key)
+        return self.ln_f(x), None if cache is None else cache.advance(T)
+
+    def blocks(self, x: jax.Array, cache=None, dropout_key: jax.Array | None = None):
+        """x (B, T, C), cache -> x (B, T, C), cache through all layers."""
+        L = self.config.n_layer
+        keys = None if dropout_key is None else jax.random.split(dropout_key, L)
+        if isinstance(self.h, nnx.List):  # unstacked by for_inference
+            for i, block in enumerate(self.h):
+                x, cache = block(x, cache, i, None if keys is None else keys[i])
+            return x, cache
+        block, weights = nnx.split(self.h)
+
+        # One Block is traced, n_layer run. The cache rides in the carry so that its buffer is updated in place.
+        def layer(carry, weights_index_key):
+            weights, i, key = weights_index_key
+            return nnx.merge(block, weights)(*carry, i, key), None
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
+        xs = (weights, jnp.arange(L), keys)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), xs, unroll=min(L, self.config.scan_unroll))
+        return x, cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """(B, T, C) -> (B, T, V) float32; the padding of the vocabulary is -inf, so it has no probability anywhere."""
+        logits = einsum("btc,vc->btv", x, self.wte.embedding[...], self.config.dtype)
+        if self.config.padded_vocab_size == self.config.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size, logits, -jnp.inf)
+
+    def loss(self, tokens: jax.Array, targets: jax.Array, *, chunks: int = 1,
+             dropout_key: jax.Array | None = None) -> jax.Array:
+        """Mean cross-entropy in nats over tokens and targets (B, T). With chunks > 1 logits exist for T / chunks positions at a
+        time, in the backward pass too, where they are computed again: (B, T, V) in float32 is never held."""
+        x, _ = self.hidden(tokens, dropout_key=dropout_key)
+
+        def chunk_loss(x, targets):
+            return optax.softmax_cross_entropy_with_integer_labels(self.logits(x), targets).sum()
+
+        if chunks == 1:
+            return chunk_loss(x, targets) / targets.size
+        split = lambda a: a.reshape(a.shape[0], chunks, -1, *a.shape[2:]).swapaxes(0, 1)  # (chunks, B, T / chunks, ...)
+        losses = jax.lax.map(lambda xt: jax.checkpoint(chunk_loss, prevent_cse=False)(*xt), (split(x), split(targets)))
+        return losses.sum() / targets.size
+
+    def for_inference(self, dtype: str | None = None) -> "GPT":
+        """A copy to generate with: matmul weights rounded to dtype (default: config.dtype) once instead of at every step, and
+        one Block per layer instead of a stack, whose slices a CPU copies at every step. Same logits up to the rounding of
+        the embeddings."""
+        dtype = dtype or self.config.dtype
+        model = GPT.from_params(dataclasses.replace(self.config, dtype=dtype), self.params())
+        round_ = lambda path, a: a.astype(dtype) if path[-1].key in ("kernel", "embedding") else a
+        nnx.update(model, jax.tree_util.tree_map_with_path(round_, model.params()))
+        block, weights = nnx.split(model.h)
+        model.h = nnx.List([nnx.merge(block, jax.tree.map(lambda a: a[i], weights)) for i in range(self.config.n_layer)])
+        return model
+
+    def params(self) -> Params:
+        """The parameters as a nested dict of arrays."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    @classmethod
+    def from_params(cls, config: GPTConfig, params: Params) -> "GPT":
+        """A model around existing (stacked) parameters; nothing is initialised or copied."""
+        return nnx.merge(gpt_graphdef(config), params)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float = 1.0, seed: int = 0, stop_token: int | None = None) -> list[list[int]]:
+        """Continue prompts of any, also different, lengths: returns each prompt with up to max_new_tokens new tokens.
+
+        temperature divides the logits, 0 takes the likeliest token; then only the top_k likeliest are kept, then the smallest
+        set of at least probability top_p (Holtzman et al. 2020). The token at position n of row b is drawn with the key
+        (seed + b, n): it does not depend on the other rows. A row ends with stop_token, the call when all have ended.
+        Sliding window: when a row outgrows block_size, its oldest block_size/2 tokens are dropped and the rest is read again."""
+        rows = [list(map(int, p)) for p in prompts]
+        for burst in self.stream(rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                                 stop_token=stop_token, burst=max_new_tokens):
+            rows = [row + new for row, new in zip(rows, burst)]
+        return rows
+
+    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float = 1.0, seed: int = 0, stop_token: int | None = None,
+               burst: int = 16) -> Iterator[list[list[int]]]:
+        """As `generate`, but yields the new tokens of each row as they come, up to `burst` at a time: one device call each."""
+        require(len(prompts) > 0 and all(len(p) for p in prompts), "each prompt needs at least one token")
+        worst = max(max(p) for p in prompts), min(min(p) for p in prompts)
+        require(worst[0] < self.config.vocab_size and worst[1] >= 0,
+                f"prompt tokens must be in [0, {self.config.vocab_size}), got {worst[1]} to {worst[0]}")
+        graphdef, params = nnx.split(self)
+        sampling = Sampling(float(temperature), top_k, float(top_p))
+        size = self.config.block_size
+        rows, made, done = [list(map(int, p)) for p in prompts], 0, np.zeros(len(prompts), bool)
+        seeds = jnp.arange(len(rows), dtype=jnp.uint32) + jnp.uint32(seed)
+        slots = min(size, round_up(max(map(len, rows)) + max_new_tokens, 64))
+        starts = None
+        while made < max_new_tokens and not done.all():
+            if starts != (starts := [window_start(len(row), size) for row in rows]):
+                context = [row[start:] for row, start in zip(rows, starts)]
+                T = min(slots, round_up(max(map(len, context)), 64))
+                tokens = np.zeros((len(rows), T), np.int32)
+                for row, c in zip(tokens, context):
+                    row[:len(c)] = c
+                cache, token = prefill(graphdef, params, tokens, np.array(list(map(len, context))),
+                                       np.array(list(map(len, rows))), seeds, sampling, slots)
+                new = np.asarray(token)[:, None]
+            else:
+                # A step reads the last token of each row and samples the next: a row has room while it is not past its window.
+                room = min(start + size - len(row) for start, row in zip(starts, rows)) + 1
+                steps = min(burst, max_new_tokens - made, room)
+                positions = np.array(list(map(len, rows)))
+                cache, token, new, steps = decode(graphdef, params, cache, token, positions, seeds, done, steps,
+                                                  sampling, stop_token, burst)
+                new = np.asarray(new)[:, :int(steps)]
+            fresh = []
+            for b, row in enumerate(rows):
+                taken = new[b].tolist()
+                if stop_token in taken:
+                    taken = taken[:taken.index(stop_token) + 1]
+                fresh.append([] if done[b] else taken)
+                row += new[b].tolist()
+                done[b] |= stop_token in taken
+            made += new.shape[1]
+            yield fresh
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def window_start(n: int, block_size: int) -> int:
+    """Where the context of a row of n tokens starts: at 0 while it fits, then in steps of half a block."""
+    step = max(1, block_size // 2)
+    return max(0, round_up(n - block_size, step))
+
+
+def gpt_graphdef(config: GPTConfig) -> nnx.GraphDef:
+    """The static half of a GPT: nnx.merge(gpt_graphdef(config), params) is the model. Allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))[0]
+
+
+class Sampling(NamedTuple):
+    temperature: float
+    top_k: int | None
+    top_p: float
+
+
+def sample(logits: jax.Array, seeds: jax.Array, positions: jax.Array, how: Sampling) -> jax.Array:
+    """logits (B, V), seeds and positions (B,) -> tokens (B,) int32, each drawn with a key that is a function of its own
+    (seed, position). Among equals at the edge of top_k or top_p all are kept."""
+    if how.temperature == 0:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits / how.temperature
+    if how.top_k is not None and how.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if how.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered)
+        kept = jnp.cumsum(probs, -1) - probs < how.top_p  # the token that crosses top_p is kept
+        smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, positions)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 6, 7))
+def prefill(graphdef, params, tokens, lengths, positions, seeds, sampling: Sampling, slots: int):
+    """Read prompts tokens (B, T), right-padded, of `lengths` (B,), and sample the token that follows each: cache, token (B,)."""
+    model = nnx.merge(graphdef, params)
+    x, cache = model.hidden(tokens, KVCache.create(model.config, len(tokens), slots))
+    # What the padding wrote lies past each row's length: masked, and overwritten as the row grows.
+    cache = dataclasses.replace(cache, length=lengths.astype(jnp.int32))
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)  # (B, 1, C)
+    return cache, sample(model.logits(last)[:, 0], seeds, positions, sampling)
+
+
+@partial(jax.jit, static_argnums=(0, 8, 9, 10), donate_argnums=(2,))
+def decode(graphdef, params, cache, token, positions, seeds, done, steps, sampling: Sampling, stop_token: int | None, burst: int):
+    """Up to `steps` <= burst decoding steps in one device loop, fewer once every row is done. `cache` is donated.
+
+    token, positions (B,): each row's last token and how many tokens it has. Returns cache, token, new tokens (B, burst), steps."""
+    model = nnx.merge(graphdef, params)
+
+    def go_on(state):
+        i, _, _, _, done = state
+        return (i < steps) & ~done.all()
+
+    def step(state):
+        i, cache, token, new, done = state
+        logits, cache = model(token[:, None], cache)
+        token = sample(logits[:, 0], seeds, positions + i, sampling)
+        if stop_token is not None:
+            done = done | (token == stop_token)
+        return i + 1, cache, token, new.at[:, i].set(token), done
+
+    new = jnp.zeros((len(token), burst), jnp.int32)
+    steps, cache, token, new, _ = jax.lax.while_loop(go_on, step, (0, cache, token, new, done))
+    return cache, token, new, steps
