@@ -93,10 +93,11 @@ class TrainConfig:
     out_dir: Path = Path("out")
     """checkpoints, config.json, meta.json, metrics.jsonl and loss.png go here"""
     init_from: str = "scratch"
-    """scratch, or resume (go on from out_dir)"""
+    """scratch; resume: go on from out_dir's latest checkpoint, or start if it has none yet; gpt2, gpt2-medium, gpt2-large,
+    gpt2-xl or the path of a Hugging Face GPT-2 directory: finetune it"""
     # Evaluation and logging.
     eval_interval: int = 2000
-    """steps between evaluations; a checkpoint is saved after each"""
+    """updates between evaluations; a checkpoint is saved after each"""
     eval_iters: int = 200
     """batches of each split in an evaluation: always the same ones, so that losses compare"""
     eval_only: bool = False
@@ -104,9 +105,9 @@ class TrainConfig:
     eval_full: bool = False
     """evaluate on every token of the validation split instead of eval_iters batches"""
     log_interval: int = 10
-    """steps between lines of metrics.jsonl"""
-    tensorboard: bool = False
-    """also write TensorBoard files to out_dir/tensorboard (needs tensorboardX)"""
+    """updates between lines of metrics.jsonl"""
+    tensorboard: bool = True
+    """also write TensorBoard files to out_dir/tensorboard"""
     wandb_log: bool = False
     """also log to Weights & Biases (needs wandb)"""
     wandb_project: str = "jax-nanogpt"
@@ -216,7 +217,7 @@ TRAIN_PRESETS = {
         eval_iters=20, learning_rate=1e-3, max_iters=2000, min_lr=1e-4, beta2=0.99, warmup_iters=100),
     # GPT-2 finetuned on Shakespeare in GPT-2's tokens: 32 sequences an update, a few updates, constant rate.
     "finetune_shakespeare": TrainConfig(
-        dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2", eval_interval=5,
+        model=GPTConfig(dtype="bfloat16"), dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2", eval_interval=5,
         eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32, loss_chunks=8, max_iters=20,
         learning_rate=3e-5, decay_lr=False, warmup_iters=0),
     # GPT-2 124M on OpenWebText: about 0.5M tokens an update, 300B in all. nanoGPT: loss 2.85, 4 days on 8 A100.

@@ -259,18 +259,22 @@ class GPT(nnx.Module):
 
     def loss(self, tokens: jax.Array, targets: jax.Array, *, chunks: int = 1,
              dropout_key: jax.Array | None = None) -> jax.Array:
-        """Mean cross-entropy in nats over tokens and targets (B, T). With chunks > 1 logits exist for T / chunks positions at a
-        time, in the backward pass too, where they are computed again: (B, T, V) in float32 is never held."""
+        """Mean cross-entropy in nats of targets given tokens, both (B, T); a target of -1 does not count.
+
+        With chunks > 1 logits exist for T / chunks positions at a time, in the backward pass too, where they are computed again:
+        (B, T, V) in float32 is never held."""
         x, _ = self.hidden(tokens, dropout_key=dropout_key)
 
         def chunk_loss(x, targets):
-            return optax.softmax_cross_entropy_with_integer_labels(self.logits(x), targets).sum()
+            losses = optax.softmax_cross_entropy_with_integer_labels(self.logits(x), targets)
+            return jnp.where(targets >= 0, losses, 0).sum()
 
+        count = jnp.maximum((targets >= 0).sum(), 1)
         if chunks == 1:
-            return chunk_loss(x, targets) / targets.size
+            return chunk_loss(x, targets) / count
         split = lambda a: a.reshape(a.shape[0], chunks, -1, *a.shape[2:]).swapaxes(0, 1)  # (chunks, B, T / chunks, ...)
         losses = jax.lax.map(lambda xt: jax.checkpoint(chunk_loss, prevent_cse=False)(*xt), (split(x), split(targets)))
-        return losses.sum() / targets.size
+        return losses.sum() / count
 
     def for_inference(self, dtype: str | None = None) -> "GPT":
         """A copy to generate with: matmul weights rounded to dtype (default: config.dtype) once instead of at every step, and

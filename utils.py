@@ -1,0 +1,192 @@
+"""What training stands on: TrainState, the optimizer, and checkpoints."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint import checkpoint_managers
+
+import tokenizer
+from config import GPTConfig, TrainConfig, require
+from model import GPT, Params, gpt_graphdef
+
+# Peak dense bfloat16 FLOP/s by jax.Device.device_kind, from the makers' data sheets; MFU is shown where the device is known.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Training FLOPs per token, 6 N + 12 L H D T (Chowdhery et al. 2022, appendix B); recomputation does not count."""
+    return 6 * config.num_params(embeddings=False) + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=["graphdef", "tx"])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes, as one pytree that goes into train_step and comes out of it, donated."""
+
+    step: jax.Array   # () int32, updates done
+    params: Params    # float32
+    opt_state: Any    # of tx, float32
+    graphdef: Any = dataclasses.field(repr=False)  # the static half of the model
+    tx: optax.GradientTransformation = dataclasses.field(repr=False)
+
+    @property
+    def model(self) -> GPT:
+        return nnx.merge(self.graphdef, self.params)
+
+    @classmethod
+    def create(cls, config: TrainConfig, params: Params | None = None) -> "TrainState":
+        """Step 0: `params` or, without them, parameters initialised from config.seed."""
+        tx = create_optimizer(config)
+        graphdef = gpt_graphdef(config.model)
+
+        def init(params=None):
+            params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
+            return cls(jnp.zeros((), jnp.int32), params, tx.init(params), graphdef, tx)
+
+        return jax.jit(init)(*([params] if params else []))
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Update number -> learning rate: linear warmup, then as config.lr_schedule says.
+
+    wsd is warmup-stable-decay (Hu et al. 2024): flat until the last fifth, then linear to min_lr."""
+    peak, warmup, end = config.learning_rate, config.warmup_iters, config.decay_steps
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    if not config.decay_lr:
+        return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
+    if config.lr_schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, end - warmup, alpha=config.min_lr / peak)
+        return optax.join_schedules([rise, fall], [warmup])
+    flat = warmup + (end - warmup) * 4 // 5
+    return optax.join_schedules(
+        [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, config.min_lr, end - flat)], [warmup, flat])
+
+
+def path_name(path: tuple) -> str:
+    """The key path of a parameter as a dotted name: h.attn.c_attn.kernel."""
+    return ".".join(str(p.key) for p in path)
+
+
+def optimizer_group(config: TrainConfig, path: tuple) -> str:
+    """Which of create_optimizer's groups a parameter belongs to. By path: the blocks are stacked, so a bias is 2-D."""
+    name = path_name(path)
+    if config.optimizer == "muon" and name.startswith("h.") and name.endswith("kernel"):
+        return "muon"
+    return "decay" if name.endswith(("kernel", "embedding")) else "no_decay"
+
+
+def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), after clipping to a global norm.
+
+    Weight decay is for what multiplies activations, kernels and embeddings, as in GPT-2 and nanoGPT; biases and LayerNorm
+    scales have no redundant magnitude to shrink. Muon takes the kernels of the blocks, each layer's matrix by itself, with updates
+    scaled to AdamW's size (Liu et al. 2025), so that one learning rate serves both; embeddings and vectors stay with AdamW."""
+    rate = learning_rate_schedule(config)
+    adamw = partial(optax.adamw, rate, b1=config.beta1, b2=config.beta2)
+    # A stacked kernel is (L, in, out): axis 0 is a batch of matrices.
+    matrices = lambda params: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
+    groups = {
+        "decay": adamw(weight_decay=config.weight_decay),
+        "no_decay": adamw(weight_decay=0.0),
+        "muon": optax.contrib.muon(rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=matrices,
+                                   consistent_rms=0.2),
+    }
+    labels = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: optimizer_group(config, path), params)
+    clip = [optax.clip_by_global_norm(config.grad_clip)] if config.grad_clip else []
+    return optax.chain(*clip, optax.multi_transform(groups, labels))
+
+
+class Checkpoints:
+    """The checkpoints of one run: OUT_DIR/checkpoints/STEP, of which the latest and the best are kept.
+
+    A checkpoint is complete or invisible: Orbax writes it beside its place, asynchronously, and renames it; one that is no longer
+    wanted is renamed away before it is deleted. So a kill at any moment leaves the last complete one."""
+
+    def __init__(self, out_dir: Path):
+        self.directory = Path(out_dir).absolute() / "checkpoints"
+        keep = checkpoint_managers.AnyPreservationPolicy([
+            checkpoint_managers.LatestN(1),
+            checkpoint_managers.BestN(get_metric_fn=lambda m: m["val_loss"], reverse=True, n=1,
+                                      keep_checkpoints_without_metrics=False),
+        ])
+        self.trash = self.directory / "deleted"
+        shutil.rmtree(self.trash, ignore_errors=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+            preservation_policy=keep, todelete_subdir=self.trash.name, cleanup_tmp_directories=True,
+            best_fn=lambda m: m["val_loss"], best_mode="min"))
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, val_loss: float | None = None) -> None:
+        """Begin to save in the background. The arrays are copied before this returns, so `state` may be donated."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        self.manager.save(step, metrics=None if val_loss is None else {"val_loss": float(val_loss)}, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)))
+        shutil.rmtree(self.trash, ignore_errors=True)
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint, in the shapes, dtypes and shardings of `state`, whose arrays are given up for it."""
+        step = self.latest()
+        abstract = lambda tree: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+        got = self.manager.restore(step, args=ocp.args.Composite(
+            params=abstract(state.params), opt_state=abstract(state.opt_state)))
+        return dataclasses.replace(state, step=jnp.full_like(state.step, step), params=got.params, opt_state=got.opt_state)
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self.manager.close()
+        shutil.rmtree(self.trash, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace path by text, or leave it as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def load_model(out_dir: Path, dtype: str | None = None):
+    """The best checkpoint of a run (the latest, if none was evaluated) as (GPT, tokenizer, step)."""
+    out_dir = Path(out_dir)
+    for name in ("config.json", "meta.json", "checkpoints"):
+        require((out_dir / name).exists(), f"out_dir={out_dir} holds no trained model: there is no {out_dir / name}")
+    config = GPTConfig(**json.loads((out_dir / "config.json").read_text())["model"])
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    with ocp.CheckpointManager((out_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
+            read_only=True, best_fn=lambda m: m["val_loss"], best_mode="min")) as manager:
+        step = manager.best_step() if manager.best_step() is not None else manager.latest_step()
+        require(step is not None, f"out_dir={out_dir} holds no complete checkpoint yet")
+        shapes = jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).params())
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+        params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes))).params
+    return GPT.from_params(config, params), tokenizer.from_meta(json.loads((out_dir / "meta.json").read_text())), step
+
+
+def require_same_model(out_dir: Path, config: GPTConfig, meta: dict) -> None:
+    """Raise ValueError if the run in out_dir has another model shape or another tokenizer than config and meta say."""
+    saved = json.loads((out_dir / "config.json").read_text())["model"]
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "layer_norm_epsilon",
+                 "vocab_multiple"):
+        require(saved[name] == getattr(config, name),
+                f"{name}={getattr(config, name)}, but the run in out_dir={out_dir} has {name}={saved[name]}")
+    saved = json.loads((out_dir / "meta.json").read_text())
+    require(tokenizer.from_meta(saved).meta() == tokenizer.from_meta(meta).meta(),
+            f"the data has another tokenizer than the run in out_dir={out_dir}")
