@@ -1,6 +1,6 @@
-"""Text to token ids and back: characters, GPT-2's BPE, or the tokenizer of a Hugging Face directory. No JAX in here.
+"""Text to token ids and back: characters, GPT-2's BPE, or a Hugging Face directory's tokenizer. No JAX in here.
 
-Each token stands for fixed bytes, whatever its neighbours: decoding is concatenation, so it can stream (StreamDecoder).
+Each token stands for fixed bytes, whatever its neighbours: decoding is concatenation, so it streams (StreamDecoder).
 """
 
 import codecs
@@ -19,7 +19,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of text. No text encodes to a special token: "<|endoftext|>" is thirteen ordinary characters."""
+        """The ids of text. No text becomes a special token: "<|endoftext|>" is thirteen ordinary characters."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -52,7 +52,7 @@ class CharTokenizer(Tokenizer):
             return [self.ids[c] for c in text]
         except KeyError:
             unknown = "".join(sorted(set(text) - self.ids.keys()))
-            raise ValueError(f"the model's vocabulary of {self.vocab_size} characters does not have {unknown!r}: "
+            raise ValueError(f"the vocabulary of {self.vocab_size} characters does not have {unknown!r}: "
                              "leave these out of the text") from None
 
     def token_bytes(self, token: int) -> bytes:
@@ -73,8 +73,8 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as e:  # requests' errors are OSErrors
-            raise ValueError(f"cannot download GPT-2's BPE files ({type(e).__name__}): without a network, set "
-                             "TIKTOKEN_CACHE_DIR to a tiktoken cache that holds them") from e
+            raise ValueError(f"cannot download GPT-2's BPE files ({type(e).__name__}): without a network, "
+                             "set TIKTOKEN_CACHE_DIR to a tiktoken cache that holds them") from e
         self.vocab_size = self.bpe.n_vocab
         self.eos_id = self.bpe.eot_token
 
@@ -101,7 +101,7 @@ class HFTokenizer(Tokenizer):
         # transformers makes an empty tokenizer, without a word, where config.json is all it finds.
         if not any(all((directory / f).is_file() for f in files)
                    for files in (["tokenizer.json"], ["vocab.json", "merges.txt"])):
-            raise ValueError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+            raise ValueError(f"{directory} has no tokenizer: no tokenizer.json, nor vocab.json and merges.txt")
         from transformers import AutoTokenizer  # here, because its import takes seconds
 
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -129,7 +129,7 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = max(self.bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can carry half a pair
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half a pair
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -139,8 +139,8 @@ class HFTokenizer(Tokenizer):
         return {"tokenizer": self.name, "eos_id": self.eos_id, "tokenizer_json": self.json}
 
 
-# Byte-level BPE writes each byte as a printable character: those that are printable in Latin-1 as themselves, the
-# others, in order, as the characters from U+0100 on (openai/gpt-2, encoder.py: bytes_to_unicode).
+# Byte-level BPE writes each byte as a printable character: those that are printable in Latin-1 as themselves,
+# the others, in order, as the characters from U+0100 on (openai/gpt-2, encoder.py: bytes_to_unicode).
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in PRINTABLE}
 BYTE_OF |= {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
@@ -169,8 +169,8 @@ def from_meta(meta: dict) -> Tokenizer:
 class StreamDecoder:
     """Decodes tokens as they come, at constant cost per token.
 
-    What push() and finish() return adds up to decode(all ids). A character whose bytes are spread over tokens is held
-    back until it is whole, so U+FFFD comes out only for bytes that no later token can complete."""
+    What push() and finish() return adds up to decode(all ids). A character whose bytes are spread over tokens is
+    held back until it is whole, so U+FFFD comes out only for bytes that no later token can complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -31,7 +31,7 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory):
-    """A directory such as GPT2LMHeadModel's, with a BPE of 264 tokens: most characters of TEXT take several."""
+    """A directory as GPT-2 has it, with a BPE of 264 tokens: most characters of TEXT take several."""
     path = tmp_path_factory.mktemp("hf")
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(["the naive approach is the naive one"], vocab_size=264, special_tokens=[EOT])
@@ -56,11 +56,12 @@ def tokenizer(request):
 
 
 def test_decode_inverts_encode_and_meta_rebuilds(tokenizer):
-    """Catches text that changes on the way (spaces stripped, \\r\\n converted) and a meta() that does not survive JSON."""
+    """Catches text that changes on the way (spaces, \\r\\n) and a meta() that does not survive JSON."""
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
     again = from_meta(json.loads(json.dumps(tokenizer.meta() | {"vocab_size": 1, "dtype": "uint16"})))
-    assert (again.name, again.vocab_size, again.eos_id) == (tokenizer.name, tokenizer.vocab_size, tokenizer.eos_id)
+    for attribute in ("name", "vocab_size", "eos_id"):
+        assert getattr(again, attribute) == getattr(tokenizer, attribute)
     assert again.encode(TEXT) == ids
     assert again.decode(range(again.vocab_size)) == tokenizer.decode(range(tokenizer.vocab_size))
 
@@ -92,17 +93,18 @@ def test_unknown_tokenizer_is_named():
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path):
-    """Catches a traceback of the download. In a process of its own: tiktoken remembers an encoding that it has loaded."""
+    """Catches a traceback of the download. In its own process: tiktoken remembers an encoding it has loaded."""
     code = "import tokenizer\ntry: tokenizer.GPT2Tokenizer()\nexcept ValueError as e: print(e)"
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=60, text=True,
+                         stdout=subprocess.PIPE)
     assert "TIKTOKEN_CACHE_DIR" in run.stdout and run.stdout.count("\n") == 1, run
 
 
 # Hugging Face directories
 
 def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, tmp_path):
-    """Catches a byte-to-character table that is wrong somewhere: every token's bytes, and ids of a text, against tiktoken."""
+    """Catches a byte-to-character table that is wrong somewhere: all tokens and a text against tiktoken."""
     if not SHARED.is_dir():
         pytest.skip("needs GPT-2's vocab.json and merges.txt, which ../shared/data has")
     for prefix, name in (("6c7e", "vocab.json"), ("6d1c", "merges.txt")):
@@ -116,7 +118,7 @@ def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, tmp_path):
 
 
 def test_hf_outlives_its_directory(hf_dir, tmp_path):
-    """Catches a meta() that stores a path: a checkpoint moves to a machine that does not have that directory."""
+    """Catches a meta() that stores a path: a checkpoint may move to a machine without that directory."""
     copy = shutil.copytree(hf_dir, tmp_path / "copy")
     tokenizer = HFTokenizer(copy)
     shutil.rmtree(copy)
@@ -129,7 +131,7 @@ def test_hf_neither_truncates_nor_pads_nor_frames(hf, tmp_path):
     bpe = tokenizers.Tokenizer.from_str(hf.meta()["tokenizer_json"])
     bpe.enable_truncation(4)
     bpe.enable_padding(length=8)
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(single=f"{EOT} $A", special_tokens=[(EOT, 0)])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(f"{EOT} $A", special_tokens=[(EOT, 0)])
     bpe.save(str(tmp_path / "tokenizer.json"))
     framed = HFTokenizer(tmp_path)
     assert framed.encode("the") == hf.encode("the") and framed.encode(TEXT) == hf.encode(TEXT)
@@ -156,19 +158,19 @@ def test_hf_tokenizer_of_another_kind(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(pushes=st.lists(st.lists(st.integers(0, 263), max_size=3), max_size=20))
 def test_stream_adds_up_to_decode(hf, pushes):
-    """Catches bytes lost, doubled or replaced at the seams, for any tokens: most are single bytes, so most are no UTF-8."""
+    """Catches bytes lost, doubled or replaced at the seams, for any tokens (most are single bytes, so no UTF-8)."""
     stream = StreamDecoder(hf)
     text = "".join(stream.push(ids) for ids in pushes) + stream.finish()
     assert text == hf.decode([i for ids in pushes for i in ids])
 
 
 def test_stream_holds_back_half_characters_only(tokenizer):
-    """Catches U+FFFD shown for a character that is merely unfinished, and text held back that is already complete."""
+    """Catches U+FFFD shown for a character that is merely unfinished, and complete text held back."""
     stream, shown, seen = StreamDecoder(tokenizer), "", b""
     for token in tokenizer.encode(TEXT):
         shown += stream.push([token])
         seen += tokenizer.token_bytes(token)
-        assert shown == seen.decode("utf-8", errors="ignore")  # ignores the unfinished end: TEXT has no other error
+        assert shown == seen.decode("utf-8", errors="ignore")  # the unfinished end: TEXT has no other error
     assert shown == TEXT and stream.finish() == ""
 
 
