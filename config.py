@@ -199,6 +199,38 @@ class SampleConfig:
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
 
 
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn text into the token files that train.py reads: python prepare.py NAME [--input FILE ...]"""
+
+    name: tyro.conf.Positional[
+        Literal["pystdlib_char", "shakespeare_char", "shakespeare", "openwebtext", "text"]]
+    """pystdlib_char: this Python's own standard library, by characters, no network; shakespeare_char, shakespeare: Tiny
+    Shakespeare, by characters or GPT-2 tokens; openwebtext: 8M web pages, GPT-2 tokens; text: your own files"""
+    input: tuple[Path, ...] = ()
+    """UTF-8 files: what text is made of, or your copy of Tiny Shakespeare where it cannot be downloaded"""
+    tokenizer: Literal["char", "gpt2"] | None = None
+    """of text: characters, or GPT-2's BPE (default: gpt2); the other names say theirs"""
+    out_dir: Path | None = None
+    """train.bin, val.bin and meta.json go here, in place of those of an earlier run (default: data/NAME)"""
+    num_proc: int | None = None
+    """processes that tokenize openwebtext (default: half the CPU cores)"""
+
+    def __post_init__(self):
+        fixed = {"pystdlib_char": "char", "shakespeare_char": "char", "shakespeare": "gpt2", "openwebtext": "gpt2"}
+        own = fixed.get(self.name, self.tokenizer)
+        require(self.tokenizer in (None, own), f"{self.name} has tokenizer={own}: use text for tokenizer={self.tokenizer}")
+        require(self.input or self.name != "text", "text needs the files it is made of: --input FILE ...")
+        require(not self.input or self.name not in ("pystdlib_char", "openwebtext"),
+                f"{self.name} takes no input: use text for your own files")
+        require(self.num_proc is None or self.name == "openwebtext", "num_proc is for openwebtext alone")
+        require(self.num_proc is None or self.num_proc >= 1, f"num_proc={self.num_proc} must be at least 1")
+
+    @property
+    def data_path(self) -> Path:
+        return self.out_dir or Path("data") / self.name
+
+
 TRAIN_PRESETS = {
     # The Python standard library's own source, by characters: needs no network. What `make demo` trains.
     "pystdlib_char": TrainConfig(
@@ -227,16 +259,49 @@ TRAIN_PRESETS = {
 }
 
 
-def parse(config_class: type[Config], argv: list[str] | None = None, presets: dict[str, Config] | None = None) -> Config:
-    """The command line `[PRESET] --key=value ...` as a config_class; PRESET only, and always, where presets are given.
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    """Speed of train_step for a preset of train.py, whose flags are accepted too."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "shakespeare_char_cpu"
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = TRAIN_PRESETS["shakespeare_char_cpu"]
+    nanogpt: Path | None = None
+    """a checkout of nanoGPT to race against, eager and compiled (needs torch)"""
+    rounds: int = 7
+    """turns of each contender; medians count"""
+    steps: int = 30
+    """updates per turn"""
+
+
+@dataclass(frozen=True)
+class BenchCompileConfig:
+    """Time to compile train_step for a preset of train.py, whose flags are accepted too, over several depths."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "gpt2"
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = TRAIN_PRESETS["gpt2"]
+    layers: tuple[int, ...] = (2, 12, 48)
+    """numbers of layers, separated by spaces"""
+
+
+BENCHES = {
+    "train": (BenchTrainConfig, {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
+    "compile": (BenchCompileConfig, {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
+}
+
+
+def parse(config_class: type[Config], presets: dict[str, Config] | None = None, argv: list[str] | None = None) -> Config:
+    """The command line `[PRESET] --key=value ...` as a config_class. Where presets are given, one must be named, first or as
+    --preset=NAME.
 
     Bad input prints one sentence to stderr and exits with code 2; --help prints every knob and exits with 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     description, default = config_class.__doc__, None
     if presets:
         description += f"\n\nPRESET is one of: {', '.join(presets)}"
-        if argv and not argv[0].startswith("-"):
-            name = argv.pop(0)
+        named = [a for a in argv if a.startswith("--preset=")] or [a for a in argv[:1] if not a.startswith("-")]
+        if named:
+            argv.remove(named[0])
+            name = named[0].removeprefix("--preset=")
             if name not in presets:
                 fail(f"there is no preset {name!r}; the presets are {', '.join(presets)}")
             default = presets[name]
@@ -245,13 +310,24 @@ def parse(config_class: type[Config], argv: list[str] | None = None, presets: di
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(config_class, args=argv, default=default, description=description,
-                            use_underscores=True, prog=Path(sys.argv[0]).name,
-                            config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(config_class, args=argv, default=default, description=description, use_underscores=True,
+                            prog=Path(sys.argv[0]).name, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as e:
         if e.code:
             fail(sentence_of(errors.getvalue()))
         raise
+
+
+def parse_command(commands: dict[str, tuple[type[Config], dict[str, Config] | None]]) -> Config:
+    """The command line `COMMAND ...`, where each command has a config class and, perhaps, presets."""
+    name, *argv = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        lines = (f"  {command:10} {config_class.__doc__.splitlines()[0]}" for command, (config_class, _) in commands.items())
+        print(f"usage: {Path(sys.argv[0]).name} COMMAND [--key=value ...]; COMMAND --help lists its flags", *lines, sep="\n")
+        sys.exit(0)
+    if name not in commands:
+        fail(f"name a command first: {', '.join(commands)}")
+    return parse(*commands[name], argv)
 
 
 def sentence_of(box: str) -> str:

@@ -7,7 +7,7 @@ what it makes. Everything random is a function of (seed, step), so a run that wa
 import config as configs
 
 if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
-    CONFIG = configs.parse(configs.TrainConfig, presets=configs.TRAIN_PRESETS)
+    CONFIG = configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS)
 
 import dataclasses
 import json

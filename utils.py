@@ -170,7 +170,7 @@ def load_model(out_dir: Path, dtype: str | None = None):
     config = GPTConfig(**json.loads((out_dir / "config.json").read_text())["model"])
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     with ocp.CheckpointManager((out_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
-            read_only=True, best_fn=lambda m: m["val_loss"], best_mode="min")) as manager:
+            create=False, best_fn=lambda m: m["val_loss"], best_mode="min")) as manager:
         step = manager.best_step() if manager.best_step() is not None else manager.latest_step()
         require(step is not None, f"out_dir={out_dir} holds no complete checkpoint yet")
         shapes = jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).params())

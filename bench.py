@@ -1,0 +1,196 @@
+"""Measure, in one run, against peers: python bench.py train|compile [--key=value ...]
+
+Contenders run in processes of their own and take turns, so that a machine whose speed drifts is fair to all; medians count. The last
+line printed is one JSON object. Its `ratio` is ours over the best peer: above 1, ours is faster.
+"""
+
+import config as configs
+
+if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
+    CONFIG = configs.parse_command(configs.BENCHES)
+
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import BenchCompileConfig, BenchTrainConfig, TrainConfig
+
+
+class Contender:
+    """A process of its own that makes something ready with make(*args) -> run, and then, whenever asked, times run(n).
+
+    run(n) does n units of work and returns when they are done."""
+
+    def __init__(self, make: Callable, *args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=contend, args=(theirs, make, args), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.seconds: list[float] = []
+
+    def ready(self) -> None:
+        assert self.pipe.recv() == "ready"
+
+    def measure(self, n: int) -> None:
+        """Append the seconds per unit of work to self.seconds."""
+        self.pipe.send(n)
+        self.seconds.append(self.pipe.recv() / n)
+
+    def close(self) -> dict:
+        """End the process; returns its peak memory in MiB and whatever else the platform tells."""
+        self.pipe.send(None)
+        memory = self.pipe.recv()
+        self.process.join()
+        return memory
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def contend(pipe, make: Callable, args: tuple) -> None:
+    run = make(*args)
+    run(2)  # compiles
+    pipe.send("ready")
+    while (n := pipe.recv()) is not None:
+        begin = time.perf_counter()
+        run(n)
+        pipe.send(time.perf_counter() - begin)
+    pipe.send({"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **getattr(run, "memory", dict)()})
+
+
+def take_turns(contenders: dict[str, Contender], rounds: int, units: int) -> None:
+    """`rounds` times: every contender in turn does `units` units of work."""
+    for contender in contenders.values():
+        contender.ready()
+    for _ in tqdm(range(rounds), desc="rounds", disable=None):
+        for contender in contenders.values():
+            contender.measure(units)
+
+
+def ours_train(config: TrainConfig, tokens: Path) -> Callable:
+    import jax
+
+    import train
+    import utils
+
+    file, state = train.TokenFile(tokens, "uint16"), utils.TrainState.create(config)
+    batches = train.batches(file, config, 0)
+
+    def run(n: int) -> None:
+        nonlocal state
+        for _ in range(n):
+            state, metrics = train.train_step(state, next(batches), config)
+        jax.block_until_ready(state)
+        float(metrics["loss"])
+
+    def memory() -> dict:
+        stats = jax.devices()[0].memory_stats()
+        return {"peak_device_mib": stats["peak_bytes_in_use"] >> 20} if stats else {}
+
+    run.memory = memory
+    return run
+
+
+def nanogpt_train(config: TrainConfig, tokens: Path, directory: Path, compile_: bool) -> Callable:
+    """nanoGPT's model and training step, as its train.py runs it, on our batches."""
+    import contextlib
+
+    import torch
+
+    import train
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", directory / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    torch.manual_seed(config.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = config.model
+    vocab_size = shape.padded_vocab_size if shape.vocab_size > 1000 else shape.vocab_size  # as nanoGPT pads 50257 to 50304
+    with contextlib.redirect_stdout(None):
+        model = nanogpt.GPT(nanogpt.GPTConfig(
+            block_size=shape.block_size, vocab_size=vocab_size, n_layer=shape.n_layer, n_head=shape.n_head,
+            n_embd=shape.n_embd, dropout=shape.dropout, bias=shape.bias)).to(device)
+        optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device)
+    if compile_:
+        model = torch.compile(model)
+    # nanoGPT's train.py computes in float32 on a CPU, in bfloat16 under autocast on a GPU.
+    precision = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    batches = train.batches(train.TokenFile(tokens, "uint16"), config, 0)
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            for micro in torch.from_numpy(next(batches)).long().to(device):
+                with precision:
+                    _, loss = model(micro[:, :-1].contiguous(), micro[:, 1:].contiguous())
+                (loss / config.gradient_accumulation_steps).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    if device == "cuda":
+        run.memory = lambda: {"peak_device_mib": torch.cuda.max_memory_allocated() >> 20}
+    return run
+
+
+def bench_train(config: BenchTrainConfig) -> dict:
+    """Tokens per second of train_step, data loading included; with config.nanogpt, of nanoGPT eager and compiled as well."""
+    vocab_size = 65 if config.train.dataset.endswith("char") else 50257
+    model = dataclasses.replace(config.train.model, vocab_size=vocab_size)
+    train = dataclasses.replace(config.train, model=model)
+    per_step = train.gradient_accumulation_steps * train.batch_size * model.block_size
+    with tempfile.TemporaryDirectory() as directory:
+        tokens = Path(directory) / "tokens.bin"  # speed does not depend on what the tokens are
+        np.random.default_rng(0).integers(vocab_size, size=4 * per_step + 10**6, dtype=np.uint16).tofile(tokens)
+        contenders = {"ours": Contender(ours_train, train, tokens)}
+        if config.nanogpt:
+            configs.require((config.nanogpt / "model.py").exists(), f"--nanogpt={config.nanogpt} has no model.py")
+            for name, compile_ in (("nanogpt_eager", False), ("nanogpt_compile", True)):
+                contenders[name] = Contender(nanogpt_train, train, tokens, config.nanogpt, compile_)
+        take_turns(contenders, config.rounds, config.steps)
+        results = {}
+        for name, contender in contenders.items():
+            results[name] = {"ms_per_step": round(contender.median * 1e3, 2), "tokens_per_s": round(per_step / contender.median),
+                             **contender.close()}
+            print(f"{name:16}" + ", ".join(f"{key} {value:,}" for key, value in results[name].items()))
+    peers = [c.median for name, c in contenders.items() if name != "ours"]
+    ratio = {"ratio": round(min(peers) / contenders["ours"].median, 3)} if peers else {}
+    return {"bench": "train", "preset": config.preset, "dtype": model.dtype, **results, **ratio}
+
+
+def bench_compile(config: BenchCompileConfig) -> dict:
+    """Seconds to trace, lower and compile train_step for several numbers of layers. Nothing is allocated or run."""
+    import jax
+
+    import train
+    import utils
+
+    seconds = {}
+    for n_layer in config.layers:
+        c = dataclasses.replace(config.train, model=dataclasses.replace(config.train.model, n_layer=n_layer))
+        state = jax.eval_shape(lambda: utils.TrainState.create(c))
+        shape = (c.gradient_accumulation_steps, c.batch_size, c.model.block_size + 1)
+        begin = time.perf_counter()
+        train.train_step.lower(state, jax.ShapeDtypeStruct(shape, np.int32), c).compile()
+        seconds[n_layer] = round(time.perf_counter() - begin, 2)
+        print(f"{n_layer:3} layers: {seconds[n_layer]} s")
+    return {"bench": "compile", "preset": config.preset, "seconds": seconds}
+
+
+RUN = {BenchTrainConfig: bench_train, BenchCompileConfig: bench_compile}
+
+if __name__ == "__main__":
+    with configs.user_errors():
+        print(json.dumps(RUN[type(CONFIG)](CONFIG)))

@@ -1,0 +1,38 @@
+"""Write text with a trained model: python sample.py --out_dir=DIR --start="To be" """
+
+import config as configs
+
+if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
+    CONFIG = configs.parse(configs.SampleConfig)
+
+from pathlib import Path
+
+from config import SampleConfig, require
+from tokenizer import StreamDecoder
+from utils import load_model
+
+
+def main(config: SampleConfig) -> None:
+    """Print the samples, the first as it is generated: all rows of the batch grow together, the others follow when it is done."""
+    model, tokenizer, step = load_model(config.out_dir, config.dtype)
+    start = Path(config.start[5:]).read_text(encoding="utf-8") if config.start.startswith("FILE:") else config.start
+    prompt = tokenizer.encode(start)
+    require(len(prompt) > 0, "--start must not be empty")
+    model = model.for_inference()
+    print(f"step {step} of {config.out_dir}, {model.config.num_params() / 1e6:.2f}M parameters\n")
+    rows = [[] for _ in range(config.num_samples)]
+    decoder = StreamDecoder(tokenizer)
+    print(start, end="", flush=True)
+    for burst in model.stream([prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature,
+                              top_k=config.top_k, top_p=config.top_p, seed=config.seed, stop_token=tokenizer.eos_id):
+        rows = [row + new for row, new in zip(rows, burst)]
+        print(decoder.push(burst[0]), end="", flush=True)
+    print(decoder.finish())
+    for row in rows[1:]:
+        print("-" * 15)
+        print(start + tokenizer.decode(row))
+
+
+if __name__ == "__main__":
+    with configs.user_errors():
+        main(CONFIG)
