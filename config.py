@@ -205,8 +205,9 @@ class PrepareConfig:
 
     name: tyro.conf.Positional[
         Literal["pystdlib_char", "shakespeare_char", "shakespeare", "openwebtext", "text"]]
-    """pystdlib_char: this Python's own standard library, by characters, no network; shakespeare_char, shakespeare: Tiny
-    Shakespeare, by characters or GPT-2 tokens; openwebtext: 8M web pages, GPT-2 tokens; text: your own files"""
+    """pystdlib_char: this Python's own standard library, by characters, needs no network; shakespeare_char and
+    shakespeare: Tiny Shakespeare, by characters and in GPT-2's tokens; openwebtext: 8 million web pages, in GPT-2's
+    tokens; text: your own files"""
     input: tuple[Path, ...] = ()
     """UTF-8 files: what text is made of, or your copy of Tiny Shakespeare where it cannot be downloaded"""
     tokenizer: Literal["char", "gpt2"] | None = None
@@ -217,14 +218,19 @@ class PrepareConfig:
     """processes that tokenize openwebtext (default: half the CPU cores)"""
 
     def __post_init__(self):
-        fixed = {"pystdlib_char": "char", "shakespeare_char": "char", "shakespeare": "gpt2", "openwebtext": "gpt2"}
-        own = fixed.get(self.name, self.tokenizer)
-        require(self.tokenizer in (None, own), f"{self.name} has tokenizer={own}: use text for tokenizer={self.tokenizer}")
+        require(self.tokenizer in (None, self.tokenizer_name),
+                f"{self.name} has tokenizer={self.tokenizer_name}: use text for tokenizer={self.tokenizer}")
         require(self.input or self.name != "text", "text needs the files it is made of: --input FILE ...")
         require(not self.input or self.name not in ("pystdlib_char", "openwebtext"),
                 f"{self.name} takes no input: use text for your own files")
         require(self.num_proc is None or self.name == "openwebtext", "num_proc is for openwebtext alone")
         require(self.num_proc is None or self.num_proc >= 1, f"num_proc={self.num_proc} must be at least 1")
+
+    @property
+    def tokenizer_name(self) -> str:
+        if self.name == "text":
+            return self.tokenizer or "gpt2"
+        return "char" if self.name.endswith("_char") else "gpt2"
 
     @property
     def data_path(self) -> Path:
@@ -346,10 +352,10 @@ def fail(sentence: str) -> None:
 
 @contextlib.contextmanager
 def user_errors():
-    """Inside, a user's mistake (ValueError, FileNotFoundError) ends the program with its sentence and exit code 2."""
+    """Inside, a user's mistake (ValueError; OSError: files, disk) ends the program in one sentence, exit code 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         if isinstance(e, FileNotFoundError) and e.filename:
             e = f"there is no file {e.filename}"
         fail(str(e))
