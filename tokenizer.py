@@ -1,6 +1,6 @@
-"""Text to token ids and back: characters, GPT-2's BPE, or a Hugging Face directory's tokenizer. No JAX in here.
+"""Text to token ids and back: characters, GPT-2's BPE, or a Hugging Face directory's tokenizer. No JAX.
 
-Each token stands for fixed bytes, whatever its neighbours: decoding is concatenation, so it streams (StreamDecoder).
+Each token stands for fixed bytes, whatever its neighbours: decoding is concatenation, so it streams.
 """
 
 import codecs
@@ -19,7 +19,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of text. No text becomes a special token: "<|endoftext|>" is thirteen ordinary characters."""
+        """The ids of text. "<|endoftext|>" in it is ordinary text, never the special token."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -101,7 +101,7 @@ class HFTokenizer(Tokenizer):
         # transformers makes an empty tokenizer, without a word, where config.json is all it finds.
         if not any(all((directory / f).is_file() for f in files)
                    for files in (["tokenizer.json"], ["vocab.json", "merges.txt"])):
-            raise ValueError(f"{directory} has no tokenizer: no tokenizer.json, nor vocab.json and merges.txt")
+            raise ValueError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt")
         from transformers import AutoTokenizer  # here, because its import takes seconds
 
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -169,8 +169,8 @@ def from_meta(meta: dict) -> Tokenizer:
 class StreamDecoder:
     """Decodes tokens as they come, at constant cost per token.
 
-    What push() and finish() return adds up to decode(all ids). A character whose bytes are spread over tokens is
-    held back until it is whole, so U+FFFD comes out only for bytes that no later token can complete."""
+    What push() and finish() return adds up to decode(all ids). A character whose bytes are spread over tokens
+    is held back until it is whole, so U+FFFD comes out only for bytes that no later token can complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -93,7 +93,7 @@ def test_unknown_tokenizer_is_named():
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path):
-    """Catches a traceback of the download. In its own process: tiktoken remembers an encoding it has loaded."""
+    """Catches a traceback. In its own process, because tiktoken remembers an encoding it has loaded."""
     code = "import tokenizer\ntry: tokenizer.GPT2Tokenizer()\nexcept ValueError as e: print(e)"
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=60, text=True,
@@ -104,7 +104,7 @@ def test_gpt2_without_network_says_what_to_do(tmp_path):
 # Hugging Face directories
 
 def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, tmp_path):
-    """Catches a byte-to-character table that is wrong somewhere: all tokens and a text against tiktoken."""
+    """Catches a byte-to-character table that is wrong somewhere: all tokens, and a text, against tiktoken."""
     if not SHARED.is_dir():
         pytest.skip("needs GPT-2's vocab.json and merges.txt, which ../shared/data has")
     for prefix, name in (("6c7e", "vocab.json"), ("6d1c", "merges.txt")):
@@ -158,7 +158,7 @@ def test_hf_tokenizer_of_another_kind(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(pushes=st.lists(st.lists(st.integers(0, 263), max_size=3), max_size=20))
 def test_stream_adds_up_to_decode(hf, pushes):
-    """Catches bytes lost, doubled or replaced at the seams, for any tokens (most are single bytes, so no UTF-8)."""
+    """Catches bytes lost, doubled or replaced at the seams, for any tokens (most are bytes, so no UTF-8)."""
     stream = StreamDecoder(hf)
     text = "".join(stream.push(ids) for ids in pushes) + stream.finish()
     assert text == hf.decode([i for ids in pushes for i in ids])

@@ -1,0 +1,345 @@
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+from config import PrepareConfig, parse, user_errors
+from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    """GPT-2's tokenizer; its files stay at hand for those that a test makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if (SHARED / "tiktoken_cache").is_dir():
+            patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+        try:
+            yield GPT2Tokenizer()
+        except ValueError as e:
+            pytest.skip(str(e))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def program(*argv: str) -> None:
+    """What `python prepare.py ARGV` does."""
+    with user_errors():
+        prepare.main(parse(PrepareConfig, argv=list(argv)))
+
+
+def fails(capsys, *argv: str) -> str:
+    """Run the program, which must end in one sentence and code 2, and return the sentence."""
+    with pytest.raises(SystemExit) as exit:
+        program(*argv)
+    sentence = capsys.readouterr().err
+    assert exit.value.code == 2 and sentence.count("\n") == 1, sentence
+    return sentence
+
+
+def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    meta = json.loads((directory / "meta.json").read_text())
+    return meta, {split: np.fromfile(directory / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+# The data sets
+
+@pytest.mark.parametrize("name, train, val, vocab_size", [
+    ("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50257)])
+def test_tiny_shakespeare_has_nanogpts_counts(name, train, val, vocab_size, gpt2, here):
+    """Catches another split, another tokenizer or text changed on the way: the figures of nanoGPT's readmes."""
+    file = SHARED / "tinyshakespeare" / "input.txt"
+    if not file.exists():
+        pytest.skip("needs ../shared/data/tinyshakespeare/input.txt")
+    program(name, "--input", str(file))
+    meta, ids = load(here / "data" / name)
+    assert (len(ids["train"]), len(ids["val"]), meta["vocab_size"]) == (train, val, vocab_size)
+    tokenizer = from_meta(meta)
+    assert tokenizer.decode(ids["train"]) + tokenizer.decode(ids["val"]) == file.read_text()
+
+
+def test_pystdlib_is_python_and_always_the_same(here):
+    """Catches an order that depends on the file system or the hash seed, and a vocabulary that grows by stray characters."""
+    for directory, seed in (("a", "1"), ("b", "2")):
+        subprocess.run([sys.executable, ROOT / "prepare.py", "pystdlib_char", f"--out_dir={directory}"], check=True,
+                       env=os.environ | {"PYTHONHASHSEED": seed}, timeout=120)
+    meta, ids = load(here / "a")
+    assert meta == load(here / "b")[0]
+    assert 90 <= meta["vocab_size"] <= 100 and 3e6 < meta["train_tokens"] + meta["val_tokens"] < 8e6
+    text = from_meta(meta).decode(ids["train"])
+    assert "\ndef dataclass(" in text or "\ndef dataclass(" in from_meta(meta).decode(ids["val"])
+
+
+def test_meta_describes_the_files(here):
+    """Catches counts, checksums, dtype or vocabulary in meta.json that are not those of the files beside it."""
+    text = "".join(chr(0x4E00 + i) for i in range(70_000) if not 0xD800 <= 0x4E00 + i < 0xE000)  # more than uint16 has
+    for name, content, dtype in (("small.txt", "abcdefghij" * 9, "uint16"), ("large.txt", text, "uint32")):
+        Path(name).write_text(content, encoding="utf-8")
+        program("text", "--input", name, "--tokenizer=char", "--out_dir=out")
+        meta, ids = load(here / "out")
+        assert meta["dtype"] == dtype and meta["vocab_size"] == len(set(content)) and meta["source"] == name
+        for split in ("train", "val"):
+            assert meta[f"{split}_tokens"] == len(ids[split])
+            content_of = Path("out", f"{split}.bin").read_bytes()
+            assert meta[f"{split}_sha256"] == hashlib.sha256(content_of).hexdigest()
+        assert from_meta(meta).decode([*ids["train"], *ids["val"]]) == content
+        assert len(ids["train"]) == int(0.9 * len(content))
+
+
+@pytest.fixture
+def pages(monkeypatch, gpt2):
+    """2,500 pages in place of OpenWebText."""
+    datasets = pytest.importorskip("datasets")
+    pages = [f"page {i}\n" + "word " * (i % 5) for i in range(2500)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"text": pages}))
+    return pages
+
+
+def test_openwebtext_holds_each_page_once_and_ends_it(pages, here, gpt2):
+    """Catches pages lost or doubled by the shards, a missing end of text, and another split than nanoGPT's 0.05%."""
+    program("openwebtext", "--num_proc=2")
+    meta, ids = load(here / "data" / "openwebtext")
+    assert meta["dtype"] == "uint16" and ids["train"][-1] == ids["val"][-1] == gpt2.eos_id
+    found = {split: gpt2.decode(ids[split]).split("<|endoftext|>")[:-1] for split in ids}
+    assert len(found["val"]) == 2 and sorted(found["train"] + found["val"]) == sorted(pages)
+    assert found["train"][:3] != pages[:3]  # shuffled
+
+
+def test_openwebtext_without_network(gpt2, here, monkeypatch, capsys):
+    """Catches the traceback of the datasets library."""
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route to the Hub")
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    assert "--input FILE" in fails(capsys, "openwebtext")
+    assert os.listdir("data") == []
+
+
+# Streaming
+
+TRICKY = st.text(st.sampled_from(" \n\t'sx1!é\u00a0\u3000世\x1c\u0085"), max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TRICKY, size=st.integers(1, 20))
+def test_pieces_are_cut_where_gpt2s_pattern_breaks(text, size):
+    """Catches a cut that changes tokens: inside a word, in a run of white space, between a space and its word."""
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    pieces = list(prepare.pieces(text[i:i + size] for i in range(0, len(text), size)))
+    assert "".join(pieces) == text
+    assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TRICKY, size=st.integers(1, 20))
+def test_pieces_encode_to_what_the_whole_text_does(gpt2, text, size):
+    """The same with tiktoken, which spells the pattern in another way."""
+    pieces = list(prepare.pieces(text[i:i + size] for i in range(0, len(text), size)))
+    assert [token for piece in pieces for token in gpt2.encode(piece)] == gpt2.encode(text)
+
+
+def test_pieces_of_running_text_are_short():
+    """Catches a rule so careful that it never cuts, and so holds the whole text."""
+    chunks = ["To be, or not to be,\nthat is the question: "] * 100
+    assert max(map(len, prepare.pieces(chunks))) < 2 * len(chunks[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(exclude_characters="\r\ufeff", exclude_categories=["Cs"]), min_size=1, max_size=50),
+       first=st.integers(0, 50), last=st.integers(0, 60), chunk=st.integers(1, 9))
+def test_characters_are_counted_as_characters(tmp_path_factory, text, first, last, chunk):
+    """Catches offsets in bytes, characters lost at the seams of chunks, and a BOM that becomes a token."""
+    file = tmp_path_factory.getbasetemp() / "characters.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "CHUNK", chunk)
+        assert "".join(prepare.characters(file, first, last)) == text[first:last]
+        assert "".join(prepare.characters(file)) == text
+
+
+def test_files_are_joined_by_the_end_of_text(tmp_path):
+    """Catches an end of text at the seam of train and val, one too many or too few, and files in another order."""
+    tokenizer = CharTokenizer("|" + "abcdefghijkl")
+    tokenizer.eos_id = 0
+    files = [(tmp_path / text, len(text)) for text in ("abc", "d", "efghijkl")]
+    for file, _ in files:
+        file.write_text(file.name)
+    for cut in range(13):
+        train, val = (tokenizer.decode([i for ids in prepare.encode(tokenizer, files, *ends) for i in ids])
+                      for ends in ((0, cut), (cut, 12)))
+        assert train.replace("|", "") + val.replace("|", "") == "abcdefghijkl"
+        assert train + ("|" if cut in (3, 4) else "") + val == "abc|d|efghijkl"
+
+
+def test_memory_does_not_grow_with_the_text(here, monkeypatch):
+    """Catches a whole file read or encoded at once."""
+    Path("in.txt").write_text("Some words, and a line.\n" * 200_000)  # 4.8 MB
+    monkeypatch.setattr(prepare, "CHUNK", 1 << 14)
+    tracemalloc.start()
+    program("text", "--input=in.txt", "--tokenizer=char")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6, f"{peak:,} bytes"
+
+
+# Bad input
+
+@pytest.mark.parametrize("argv, says", [
+    ("text --input missing.txt", "there is no file missing.txt"),
+    ("text --input good.txt missing.txt", "there is no file missing.txt"),
+    ("text --input folder", "folder is not a regular file"),
+    ("text --input empty.txt", "empty.txt is empty"),
+    ("text --input good.txt empty.txt", "empty.txt is empty"),
+    ("text --input latin1.txt", "latin1.txt is not UTF-8 (byte 0xe9"),
+    ("text --input short.txt --tokenizer=char", "too short"),
+    ("shakespeare_char --input short.txt", "too short"),
+    ("text", "--input FILE"),
+    ("shakspere", "pystdlib_char"),
+    ("", "pystdlib_char"),
+    ("text --input good.txt --tokenizer=gpt3", "gpt3"),
+    ("text --inptu good.txt", "--inptu"),
+    ("pystdlib_char --input good.txt", "use text"),
+    ("shakespeare_char --tokenizer=gpt2", "use text"),
+    ("text --input good.txt --num_proc=2", "num_proc"),
+    ("openwebtext --num_proc=0", "num_proc=0"),
+    ("text --input good.txt --tokenizer=char --out_dir=folder", "folder holds precious.txt"),
+    ("text --input good.txt --tokenizer=char --out_dir=good.txt", "good.txt is a file"),
+])
+def test_bad_input_is_one_sentence_and_writes_nothing(argv, says, here, capsys):
+    """Catches tracebacks, files half-written, and a directory of the user's own replaced by a data set."""
+    Path("folder").mkdir()
+    for name, content in (("good.txt", b"some text " * 9), ("folder/precious.txt", b"mine"), ("empty.txt", b""),
+                          ("latin1.txt", b"some text " * 9 + "é".encode("latin1")), ("short.txt", b"0123456789")):
+        Path(name).write_bytes(content)
+    before = tree(here)
+    assert says in fails(capsys, *argv.split())
+    assert tree(here) == before and not any(path.name.startswith(".") for path in here.rglob("*"))
+
+
+def test_the_program_itself_exits_with_2(here):
+    """Catches a __main__ that does not turn errors into the exit code."""
+    run = subprocess.run([sys.executable, ROOT / "prepare.py", "text", "--input=no"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == "prepare.py: there is no file no\n"
+
+
+# Replacing a data set
+
+def test_an_earlier_data_set_is_replaced_or_survives_whole(here, capsys):
+    """Catches an old data set lost or mixed with the new one; short.txt fails only when train.bin has been written."""
+    Path("one.txt").write_text("first " * 20)
+    Path("two.txt").write_text("second " * 30)
+    Path("short.txt").write_text("0123456789")
+    make = ("text", "--tokenizer=char", "--out_dir=link", "--input")
+    Path("elsewhere").mkdir()
+    Path("link").symlink_to("elsewhere")
+    program(*make, "one.txt")
+    first = tree(here / "elsewhere")
+    fails(capsys, *make, "short.txt")
+    assert tree(here / "elsewhere") == first
+    program(*make, "two.txt")
+    assert load(here / "elsewhere")[0]["source"] == "two.txt" and Path("link").is_symlink()
+    assert sorted(os.listdir()) == ["elsewhere", "link", "one.txt", "short.txt", "two.txt"]
+    assert os.stat("elsewhere").st_mode & 0o777 == 0o777 & ~umask()  # readable by others, as any directory
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failed_swap_puts_the_old_data_set_back(error, tmp_path, monkeypatch):
+    """Catches a data set that is gone when the second of the two renames fails or is interrupted."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    for path in (out, new):
+        path.mkdir()
+        (path / "meta.json").write_text(path.name)
+    rename = Path.rename
+
+    def fail_for_new(path, target):
+        if path == new:
+            raise error
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(error):
+        prepare.replace(out, new, tmp_path / "old")
+    assert (out / "meta.json").read_text() == "out"
+
+
+# Downloads
+
+BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 2000
+
+
+@pytest.fixture(scope="module")
+def server():
+    """http://127.0.0.1:PORT/KIND answers in as many ways as a download can go wrong."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind = self.path[1:]
+            self.send_response(404 if kind == "missing" else 200)
+            if kind != "half_without_length":
+                self.send_header("Content-Length", str(len(BODY)))
+            self.end_headers()
+            self.wfile.write({"good": BODY, "missing": BODY, "login_page": b"<" * len(BODY)}.get(kind, BODY[:-999]))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def known_body(monkeypatch):
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(BODY).hexdigest())
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def test_download(server, known_body, here, monkeypatch):
+    """Catches a body written in part or twice, and the download left lying in data/."""
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", server + "good")
+    program("shakespeare_char")
+    meta, ids = load(here / "data" / "shakespeare_char")
+    assert from_meta(meta).decode([*ids["train"], *ids["val"]]).encode() == BODY and meta["source"] == server + "good"
+    assert os.listdir("data") == ["shakespeare_char"] and len(os.listdir("data/shakespeare_char")) == 3
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("missing", "404"), ("half", "cannot download"), ("half_without_length", "other than"), ("login_page", "other than"),
+    ("refused", "ConnectionError")])
+def test_failed_download(kind, says, server, known_body, here, monkeypatch, capsys):
+    """Catches a data set made of an error page or of half a file, and an error that does not name the way out."""
+    url = "http://127.0.0.1:9/" if kind == "refused" else server + kind  # nothing listens on port 9
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", url)
+    sentence = fails(capsys, "shakespeare_char")
+    assert says in sentence and url in sentence and "--input FILE" in sentence
+    assert os.listdir("data") == []
