@@ -8,6 +8,7 @@ loss are float32; the inputs of every matmul are rounded to config.dtype (see `e
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+import pretrained
 from config import GPTConfig, require
+from tokenizer import Tokenizer
 
 ACTIVATIONS = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),  # GPT-2's, tanh form
@@ -296,6 +299,15 @@ class GPT(nnx.Module):
     def from_params(cls, config: GPTConfig, params: Params) -> "GPT":
         """A model around existing (stacked) parameters; nothing is initialised or copied."""
         return nnx.merge(gpt_graphdef(config), params)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path, **overrides) -> "GPT":
+        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory in Hugging Face's form. overrides: see pretrained.read."""
+        return cls.from_params(*pretrained.read(name_or_dir, put=jax.device_put, **overrides))
+
+    def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer) -> None:
+        """Write a directory that transformers.AutoModelForCausalLM loads: see pretrained.write."""
+        pretrained.write(directory, self.config, self.params(), tokenizer)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float = 1.0, seed: int = 0, stop_token: int | None = None) -> list[list[int]]:
