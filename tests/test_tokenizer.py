@@ -13,20 +13,16 @@ from hypothesis import strategies as st
 from tokenizer import CharTokenizer, GPT2Tokenizer, HFTokenizer, StreamDecoder, from_meta
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 EOT = "<|endoftext|>"
 TEXT = "Grüße, 世界! 👩‍🚀 It's naïve\n\n\n  x = [1,\t2]\r\n <|endoftext|> e\u0301"
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    with pytest.MonkeyPatch.context() as patch:
-        if (SHARED / "tiktoken_cache").is_dir():
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-        try:
-            return GPT2Tokenizer()
-        except ValueError as e:
-            pytest.skip(str(e))
+    try:
+        return GPT2Tokenizer()
+    except ValueError as e:
+        pytest.skip(str(e))
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +99,15 @@ def test_gpt2_without_network_says_what_to_do(tmp_path):
 
 # Hugging Face directories
 
-def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, tmp_path):
+def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, shared, tmp_path):
     """Catches a byte-to-character table that is wrong somewhere: all tokens, and a text, against tiktoken."""
-    if not SHARED.is_dir():
-        pytest.skip("needs GPT-2's vocab.json and merges.txt, which ../shared/data has")
     for prefix, name in (("6c7e", "vocab.json"), ("6d1c", "merges.txt")):
-        shutil.copy(next((SHARED / "tiktoken_cache").glob(prefix + "*")), tmp_path / name)
+        shutil.copy(next((shared / "tiktoken_cache").glob(prefix + "*")), tmp_path / name)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     hf = HFTokenizer(tmp_path)
     assert (hf.vocab_size, hf.eos_id) == (gpt2.vocab_size, gpt2.eos_id)
     assert [hf.token_bytes(i) for i in range(50257)] == [gpt2.token_bytes(i) for i in range(50257)]
-    text = TEXT + (SHARED / "tinyshakespeare" / "input.txt").read_text()[:20_000] + "\ud800"
+    text = TEXT + (shared / "tinyshakespeare" / "input.txt").read_text()[:20_000] + "\ud800"
     assert hf.encode(text) == gpt2.encode(text)
 
 
