@@ -6,7 +6,7 @@ loss are float32; the inputs of every matmul are rounded to config.dtype (see `e
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -77,19 +77,26 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))  # GPT._init_weights fills it
         self.bias = nnx.Param(jnp.zeros(outputs)) if config.bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, T, in) -> (B, T, out) float32"""
-        y = einsum("bti,io->bto", x, self.kernel[...], self.dtype)
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x: jax.Array, parts: int = 1) -> jax.Array:
+        """(B, T, in) -> (B, T, parts, out / parts) float32; without the axis of length 1 if there is one part. Parts as an
+        axis, not cut from `out`, let each of them be sharded alike."""
+        kernel = self.kernel[...]
+        y = einsum("bti,ipo->btpo", x, kernel.reshape(len(kernel), parts, -1), self.dtype)
+        y = y if self.bias is None else y + self.bias[...].reshape(parts, -1)
+        return y.squeeze(2) if parts == 1 else y
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero each element with probability rate and scale the rest by 1 / (1 - rate); no key, no dropout (Srivastava et al. 2014)."""
-    return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zero each element of x (B, ...) with probability rate and scale the rest by 1 / (1 - rate); no keys, no dropout
+    (Srivastava et al. 2014). Row b is drawn with keys[b]: how rows are spread over devices or pipeline stages changes nothing."""
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, rate: float = 0.0,
-                     dropout_key: jax.Array | None = None) -> jax.Array:
+                     dropout_keys: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, each position over itself and those before it (Vaswani et al. 2017).
 
     q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities."""
@@ -97,7 +104,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, rate:
     q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))  # (B, H, T, D)
     scores = einsum("bhtd,bhsd->bhts", q, k, dtype)
     scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
-    probs = dropout(jax.nn.softmax(scores), rate, dropout_key)
+    probs = dropout(jax.nn.softmax(scores), rate, dropout_keys)
     return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
 
 
@@ -109,10 +116,10 @@ class CausalSelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, cache=None, layer=None, keys=(None, None)):
         """x (B, T, C) -> (B, T, C), cache. Without a cache: causal attention over x. With one (see KVCache): the T tokens
-        extend what `layer` of the cache holds, any T >= 1. keys: for dropout of the probabilities and of the output."""
+        extend what `layer` of the cache holds, any T >= 1. keys: (B,) each, for dropout of the probabilities and the output."""
         B, T, C = x.shape
         H, D = self.config.n_head, self.config.head_dim
-        q, k, v = (a.reshape(B, T, H, D) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        q, k, v = (a.reshape(B, T, H, D) for a in jnp.moveaxis(self.c_attn(x, parts=3), 2, 0))
         if cache is None:
             y = causal_attention(q, k, v, self.config.dtype, self.config.dropout, keys[0])
         else:
@@ -126,9 +133,9 @@ class MLP(nnx.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C)"""
-        return dropout(self.c_proj(self.activation(self.c_fc(x))), self.rate, key)
+        return dropout(self.c_proj(self.activation(self.c_fc(x))), self.rate, keys)
 
 
 class Block(nnx.Module):
@@ -140,9 +147,9 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def __call__(self, x: jax.Array, cache=None, layer=None, dropout_key: jax.Array | None = None):
-        """x (B, T, C), cache -> x (B, T, C), cache"""
-        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    def __call__(self, x: jax.Array, cache=None, layer=None, dropout_keys: jax.Array | None = None):
+        """x (B, T, C), cache -> x (B, T, C), cache; dropout_keys (B,)"""
+        keys = (None,) * 3 if dropout_keys is None else jax.vmap(lambda key: jax.random.split(key, 3))(dropout_keys).T
         y, cache = self.attn(self.ln_1(x), cache, layer, keys[:2])
         x = x + y
         return x + self.mlp(self.ln_2(x), keys[2]), cache
@@ -189,10 +196,11 @@ class GPT(nnx.Module):
     """GPT-2 (Radford et al. 2019): token and position embeddings, L blocks, LayerNorm, a head tied to the token embedding.
 
     The blocks are one Block whose every parameter has a leading layer axis; the forward pass scans over it, so compile time does
-    not depend on n_layer. `for_inference` unstacks them."""
+    not depend on n_layer. `for_inference` unstacks them. `scan` has jax.lax.scan's signature: a mesh passes its own."""
 
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs, scan: Callable = jax.lax.scan):
         self.config = config
+        self.scan = scan
         self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, rngs=rngs)
         self.wpe = nnx.Embed(config.block_size, config.n_embd, rngs=rngs)
         self.h = nnx.vmap(lambda _: Block(config), out_axes=0)(jnp.arange(config.n_layer))
@@ -226,31 +234,35 @@ class GPT(nnx.Module):
         """tokens (B, T) -> what the head reads: (B, T, C) float32, cache."""
         T = tokens.shape[1]
         require(T <= self.config.block_size, f"{T} tokens do not fit block_size={self.config.block_size}")
-        key, block_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        keys, block_key = None, None
+        if dropout_key is not None:
+            key, block_key = jax.random.split(dropout_key)
+            keys = jax.random.split(key, len(tokens))
         positions = jnp.arange(T) if cache is None else cache.positions(T)
         x = self.wte(tokens).astype(jnp.float32) + self.wpe(positions).astype(jnp.float32)
-        x, cache = self.blocks(dropout(x, self.config.dropout, key), cache, block_key)
+        x, cache = self.blocks(dropout(x, self.config.dropout, keys), cache, block_key)
         return self.ln_f(x), None if cache is None else cache.advance(T)
 
     def blocks(self, x: jax.Array, cache=None, dropout_key: jax.Array | None = None):
         """x (B, T, C), cache -> x (B, T, C), cache through all layers."""
         L = self.config.n_layer
-        keys = None if dropout_key is None else jax.random.split(dropout_key, L)
         if isinstance(self.h, nnx.List):  # unstacked by for_inference
             for i, block in enumerate(self.h):
-                x, cache = block(x, cache, i, None if keys is None else keys[i])
+                x, cache = block(x, cache, i)
             return x, cache
+        keys = None if dropout_key is None else jax.random.split(dropout_key, len(x))
         block, weights = nnx.split(self.h)
 
-        # One Block is traced, n_layer run. The cache rides in the carry so that its buffer is updated in place.
-        def layer(carry, weights_index_key):
-            weights, i, key = weights_index_key
-            return nnx.merge(block, weights)(*carry, i, key), None
+        # One Block is traced, n_layer run. The cache rides in the carry so that its buffer is updated in place; the keys, so
+        # that the carry is all that belongs to the rows.
+        def layer(carry, weights_and_index):
+            (x, cache, keys), (weights, i) = carry, weights_and_index
+            layer_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+            return (*nnx.merge(block, weights)(x, cache, i, layer_keys), keys), None
 
         if self.config.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
-        xs = (weights, jnp.arange(L), keys)
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), xs, unroll=min(L, self.config.scan_unroll))
+        (x, cache, _), _ = self.scan(layer, (x, cache, keys), (weights, jnp.arange(L)), unroll=min(L, self.config.scan_unroll))
         return x, cache
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -275,7 +287,8 @@ class GPT(nnx.Module):
         count = jnp.maximum((targets >= 0).sum(), 1)
         if chunks == 1:
             return chunk_loss(x, targets) / count
-        split = lambda a: a.reshape(a.shape[0], chunks, -1, *a.shape[2:]).swapaxes(0, 1)  # (chunks, B, T / chunks, ...)
+        # Every chunks-th position makes a chunk, so that each has its part of every shard of T.
+        split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, chunks, *a.shape[2:]), 2, 0)  # (chunks, B, T / chunks, ...)
         losses = jax.lax.map(lambda xt: jax.checkpoint(chunk_loss, prevent_cse=False)(*xt), (split(x), split(targets)))
         return losses.sum() / count
 
@@ -378,9 +391,9 @@ def window_start(n: int, block_size: int) -> int:
     return max(0, round_up(n - block_size, step))
 
 
-def gpt_graphdef(config: GPTConfig) -> nnx.GraphDef:
+def gpt_graphdef(config: GPTConfig, scan: Callable = jax.lax.scan) -> nnx.GraphDef:
     """The static half of a GPT: nnx.merge(gpt_graphdef(config), params) is the model. Allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), scan=scan)))[0]
 
 
 class Sampling(NamedTuple):
