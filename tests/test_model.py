@@ -166,7 +166,7 @@ def test_dropout_comes_from_the_key():
     assert (out(a) == out(a)).all() and (out(a) != out(b)).any() and (out(a) != out(None)).any()
 
     ones = jnp.ones((200, 200))
-    dropped = dropout(ones, 0.25, a)
+    dropped = dropout(ones, 0.25, jax.random.split(a, 200))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)} and abs(dropped.mean() - 1) < 0.02
     assert (dropout(ones, 0.25, None) == 1).all()
 
