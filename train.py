@@ -116,7 +116,7 @@ def train_step(state: TrainState, batch: jax.Array, config: TrainConfig) -> tupl
         loss, grads = jax.tree.map(lambda x: x / A, total)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ class TrainState:
     @classmethod
     def create(cls, config: TrainConfig, params: Params | None = None) -> "TrainState":
         """Step 0: `params` or, without them, parameters initialised from config.seed."""
-        tx = create_optimizer(config)
-        graphdef = gpt_graphdef(config.model)
+        return initial_state(config, params)
 
-        def init(params=None):
-            params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
-            return cls(jnp.zeros((), jnp.int32), params, tx.init(params), graphdef, tx)
 
-        return jax.jit(init)(*([params] if params else []))
+@partial(jax.jit, static_argnames="config")
+def initial_state(config: TrainConfig, params: Params | None) -> TrainState:
+    tx = create_optimizer(config)
+    params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), gpt_graphdef(config.model), tx)
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -88,6 +88,7 @@ def optimizer_group(config: TrainConfig, path: tuple) -> str:
     return "decay" if name.endswith(("kernel", "embedding")) else "no_decay"
 
 
+@lru_cache  # the same object for the same config: it is a static part of TrainState, and a new one would compile train_step again
 def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), after clipping to a global norm.
 
