@@ -170,10 +170,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Write text with a trained model: python sample.py --out_dir=DIR --start="..." """
+    """Write text with a trained model: python sample.py --out_dir=DIR | --init_from=gpt2... --start="..." """
 
-    out_dir: Path = Path("out")
-    """a directory that train.py wrote"""
+    out_dir: Path | None = None
+    """a directory that train.py wrote: its best checkpoint is used"""
+    init_from: str | None = None
+    """instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory"""
     start: str = "\n"
     """the prompt; FILE:path reads it from a file"""
     num_samples: int = 10
@@ -189,9 +191,10 @@ class SampleConfig:
     seed: int = 1337
     """sample i is drawn with seed + i"""
     dtype: Dtype | None = None
-    """what matmul inputs are rounded to (default: as trained)"""
+    """what matmul inputs are rounded to (default: as trained; float32 for init_from)"""
 
     def __post_init__(self):
+        require((self.out_dir is None) != (self.init_from is None), "say which model: --out_dir=DIR or --init_from=gpt2...")
         require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
@@ -235,6 +238,35 @@ class PrepareConfig:
     @property
     def data_path(self) -> Path:
         return self.out_dir or Path("data") / self.name
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine lays out its memory and its steps."""
+
+    page_size: int = 16
+    """tokens per page of the KV cache; prefill computes whole pages"""
+    kv_cache_memory: int = 2**30
+    """bytes for keys and values"""
+    kv_blocks: int | None = None
+    """pages for keys and values, one of them the null page; instead of kv_cache_memory"""
+    kv_dtype: Dtype | None = None
+    """of keys and values (default: the model's dtype)"""
+    max_num_seqs: int = 32
+    """sequences that run at once; 1 is fastest for a single stream"""
+    prefill_tokens: int = 128
+    """prompt tokens computed per step, over all sequences: always this shape, padded if there are fewer"""
+    chunk_size: int | None = None
+    """prompt tokens of one sequence computed per step (default: prefill_tokens)"""
+    attention: str | None = None
+    """implementation of attention over pages (default: by device)"""
+
+    def __post_init__(self):
+        for name in ("page_size", "kv_cache_memory", "max_num_seqs"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name, value in (("prefill_tokens", self.prefill_tokens), ("chunk_size", self.chunk_size)):
+            require(value is None or (value >= 1 and value % self.page_size == 0),
+                    f"{name}={value} must be a positive multiple of page_size={self.page_size}")
 
 
 TRAIN_PRESETS = {
@@ -287,6 +319,8 @@ class BenchCompileConfig:
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TRAIN_PRESETS["gpt2"]
     layers: tuple[int, ...] = (2, 12, 48)
     """numbers of layers, separated by spaces"""
+    rounds: int = 3
+    """turns of each; medians count"""
 
 
 BENCHES = {

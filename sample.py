@@ -1,4 +1,4 @@
-"""Write text with a trained model: python sample.py --out_dir=DIR --start="To be" """
+"""Write text with a trained model: python sample.py --out_dir=DIR | --init_from=gpt2 --start="To be" """
 
 import config as configs
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from config import SampleConfig, require
 from tokenizer import StreamDecoder
-from utils import load_model
+from utils import open_model
 
 
 def main(config: SampleConfig) -> None:
     """Print the samples, the first as it is generated: all rows of the batch grow together, the others follow when it is done."""
-    model, tokenizer, step = load_model(config.out_dir, config.dtype)
+    model, tokenizer, name = open_model(config)
     start = Path(config.start[5:]).read_text(encoding="utf-8") if config.start.startswith("FILE:") else config.start
     prompt = tokenizer.encode(start)
     require(len(prompt) > 0, "--start must not be empty")
     model = model.for_inference()
-    print(f"step {step} of {config.out_dir}, {model.config.num_params() / 1e6:.2f}M parameters\n")
+    print(f"{name}, {model.config.num_params() / 1e6:.2f}M parameters\n")
     rows = [[] for _ in range(config.num_samples)]
     decoder = StreamDecoder(tokenizer)
     print(start, end="", flush=True)

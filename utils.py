@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
+import pretrained
 import tokenizer
 from config import GPTConfig, TrainConfig, require
 from model import GPT, Params, gpt_graphdef
@@ -161,6 +162,18 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def open_model(config):
+    """The model that config.out_dir or config.init_from names, in config.dtype if that is given: (GPT, tokenizer, its name)."""
+    if config.out_dir is not None:
+        model, tok, step = load_model(config.out_dir, config.dtype)
+        return model, tok, f"step {step} of {config.out_dir}"
+    dtype = {"dtype": config.dtype} if config.dtype else {}
+    model, tok = GPT.from_pretrained(config.init_from, **dtype), pretrained.load_tokenizer(config.init_from)
+    require(tok.vocab_size <= model.config.vocab_size, f"the tokenizer of {config.init_from} has {tok.vocab_size} tokens, the "
+            f"model only {model.config.vocab_size}")
+    return model, tok, config.init_from
 
 
 def load_model(out_dir: Path, dtype: str | None = None):

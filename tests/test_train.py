@@ -353,6 +353,7 @@ def test_sample_writes_what_generate_does(finished):
     (["--start=FILE:/no/such/file"], ["/no/such/file"]),
     (["--out_dir=/no/such/dir"], ["/no/such/dir", "config.json"]),
     (["--temperature=-1"], ["temperature=-1"]),
+    (["--init_from=gpt2"], ["--out_dir", "--init_from"]),
 ])
 def test_sample_refuses_in_a_sentence(finished, argv, words):
     done = run("sample.py", f"--out_dir={finished}", *argv)

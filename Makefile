@@ -1,0 +1,23 @@
+# make demo: from nothing but Python >= 3.11 to a trained model and its text. make test: the whole suite.
+PYTHON ?= python3
+DEMO = out-pystdlib-char
+
+demo: .venv/installed
+	test -f data/pystdlib_char/meta.json || .venv/bin/python prepare.py pystdlib_char
+	.venv/bin/python train.py pystdlib_char --init_from=resume
+	.venv/bin/python sample.py --out_dir=$(DEMO) --start="def " --num_samples=1 --max_new_tokens=600
+
+test: .venv/installed
+	.venv/bin/python -m pytest -q
+
+# The environment is complete or is made again: the stamp is written last.
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out-* data/*/
+
+.PHONY: demo test clean
