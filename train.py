@@ -162,7 +162,7 @@ class Log:
         self.path, self.image = config.out_dir / "metrics.jsonl", config.out_dir / "loss.png"
         # What a killed run logged after its last checkpoint is logged again.
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in old if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomically(self.path, "".join(kept))
         self.rows = [json.loads(line) for line in kept]
         self.file = self.path.open("a")
@@ -275,8 +275,9 @@ def train(config: TrainConfig) -> int:
 
     def evaluate() -> float:
         losses = estimate_loss(state, config, files)
-        log.write(step, **{f"{split}_loss": loss for split, loss in losses.items()})
-        log.plot()
+        if not config.eval_only:
+            log.write(step, **{f"{split}_loss": loss for split, loss in losses.items()})
+            log.plot()
         bar.write(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return losses["val"]
 
