@@ -337,6 +337,22 @@ def test_what_cannot_be_trained_is_refused(data_dir, finished, argv, words):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+def test_finetuning_starts_from_the_given_weights(data_dir, finished, tmp_path):
+    """Catches --init_from=DIR that trains from scratch, or takes the flags' shape for the checkpoint's."""
+    model, tokenizer, _ = load_model(finished)
+    model.save_pretrained(tmp_path / "hf", tokenizer)
+    done = run("train.py", "finetune_shakespeare", f"--data_dir={data_dir}", f"--init_from={tmp_path / 'hf'}",
+               f"--out_dir={tmp_path / 'out'}", "--max_iters=2", "--eval_iters=2", "--loss_chunks=1", "--tensorboard=False",
+               "--gradient_accumulation_steps=2", "--block_size=8", "--learning_rate=1e-5")
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["model"]
+    assert (saved["n_embd"], saved["block_size"], saved["vocab_size"]) == (32, 8, 23)
+    assert [row["val_loss"] for row in rows(tmp_path / "out") if "val_loss" in row][0] < np.log(23) - 0.3
+    refused = run("train.py", "finetune_shakespeare", f"--data_dir={data_dir}", f"--init_from={tmp_path / 'hf'}",
+                  f"--out_dir={tmp_path / 'other'}", "--n_layer=5")
+    assert refused.returncode == 2 and "n_layer=5" in refused.stderr and "n_layer=2" in refused.stderr, refused.stderr
+
+
 def test_sample_writes_what_generate_does(finished):
     """Catches a streamed sample that loses or repeats characters at the seams of its bursts."""
     done = run("sample.py", f"--out_dir={finished}", "--start=abc", "--num_samples=2", "--max_new_tokens=70", "--seed=5")
