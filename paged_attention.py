@@ -112,29 +112,40 @@ def visible(T, context_lens, new_lens):
 
 
 def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale):
-    """Online softmax (Milakov & Gimelshein 2018) one logical page at a time, as many as the longest row needs. Every
-    product has a fixed shape per row and page, and a page beyond a row's end adds exact zeros to it."""
+    """Softmax in two passes over one logical page at a time, as many as the longest row needs: the scores and their
+    maximum, then the weighted values. Every operation has a fixed shape per row and page, and a page beyond a row's
+    end adds exact zeros to it."""
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
+    M = block_tables.shape[1]
     k_pages, v_pages = [pages.reshape(L * N, H, P, D) for pages in (k_pages, v_pages)]  # so no layer is sliced out
-    q = q.astype(jnp.float32) * scale
+    q = q.astype(jnp.float32).swapaxes(1, 2) * scale  # (B, H, T, D)
     length = visible(T, context_lens, new_lens)  # (B, T)
+    pages = (length.max() + P - 1) // P
 
-    def page(i, state):
-        m, l, acc = state  # (B, H, T), (B, H, T), (B, H, T, D)
-        at = layer * N + block_tables[:, i]
-        k, v = [to_float32(pages.at[at].get(mode="promise_in_bounds")) for pages in (k_pages, v_pages)]  # (B, H, P, D)
-        seen = (i * P + jnp.arange(P) < length[:, :, None])[:, None]  # (B, 1, T, P)
+    def page(pool, i):
+        """Page i of each row (B, H, P, D) float32, and which of its positions each token sees (B, 1, T, P)."""
+        x = to_float32(pool.at[layer * N + block_tables[:, i]].get(mode="promise_in_bounds"))
+        return x, (i * P + jnp.arange(P) < length[:, :, None])[:, None]
+
+    def scores(i, state):
+        all_s, m = state  # (M, B, H, T, P), (B, H, T, 1)
+        k, seen = page(k_pages, i)
+        s = jnp.where(seen, jnp.einsum("bhtd,bhpd->bhtp", q, k, precision="highest"), -jnp.inf)
+        return all_s.at[i].set(s), jnp.maximum(m, s.max(-1, keepdims=True))
+
+    def values(i, state):
+        l, y = state  # (B, H, T, P), (B, H, T, D)
+        v, seen = page(v_pages, i)
         v = jnp.where(seen.any(2)[..., None], v, 0)  # 0 * NaN is NaN
-        s = jnp.where(seen, jnp.einsum("bthd,bhpd->bhtp", q, k, precision="highest"), -jnp.inf)
-        m_new = jnp.maximum(m, s.max(-1))
-        p, alpha = jnp.exp(s - m_new[..., None]), jnp.exp(m - m_new)
-        pv = jnp.einsum("bhtp,bhpd->bhtd", p, v, precision="highest")
-        return m_new, l * alpha + p.sum(-1), acc * alpha[..., None] + pv
+        p = jnp.exp(all_s[i] - m)
+        return l + p, y + jnp.einsum("bhtp,bhpd->bhtd", p, v, precision="highest")
 
-    start = jnp.full((B, H, T), -1e30), jnp.zeros((B, H, T)), jnp.zeros((B, H, T, D))
-    m, l, acc = jax.lax.fori_loop(0, (length.max() + P - 1) // P, page, start)
-    return (acc / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
+    start = jnp.zeros((M, B, H, T, P)), jnp.full((B, H, T, 1), -1e30)
+    all_s, m = jax.lax.fori_loop(0, pages, scores, start)
+    l, y = jax.lax.fori_loop(0, pages, values, (jnp.zeros((B, H, T, P)), jnp.zeros((B, H, T, D))))
+    l = sum(l[..., p] for p in range(P))  # in this order: XLA on CPU orders a reduction by the size of the batch
+    return (y / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
 
 
 IMPLEMENTATIONS = {"reference": reference}
