@@ -13,6 +13,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as plgpu
 
 
 @partial(jax.tree_util.register_dataclass, meta_fields=["attention"],
@@ -39,9 +42,11 @@ class PagedKVCache:
         shape = config.n_layer, num_pages, config.n_head, page_size, config.n_embd // config.n_head
         if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
             dtype = jnp.uint16
+        attention = attention or default_implementation()
+        if attention not in IMPLEMENTATIONS:
+            raise ValueError(f"attention={attention}: there are {', '.join(IMPLEMENTATIONS)}")
         none = jnp.zeros((0,), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((0, 0), jnp.int32), none, none,
-                   attention or default_implementation())
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((0, 0), jnp.int32), none, none, attention)
 
     def positions(self, T: int) -> jax.Array:
         """(B, T) int32 absolute positions of the next T tokens; those of padding tokens run on and mean nothing."""
@@ -148,9 +153,195 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
     return (y / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
 
 
-IMPLEMENTATIONS = {"reference": reference}
+# --- GPU: Pallas, Triton style ----------------------------------------------------------------------------------------
+# Triton style rather than Mosaic GPU: JAX 0.11 deprecates it, but the same source lowers on 0.10 and 0.11 and for every
+# generation of GPU (ROCm too), where Mosaic GPU wants Ampere or newer and changed its call between the two. A decode
+# step is bound by reading pages, which needs none of what Mosaic GPU adds (TMA and wgmma pipelines written by hand); a
+# Mosaic GPU kernel, once it is worth its lines, is one more entry of IMPLEMENTATIONS.
+SPLIT = 256  # positions per program of the decode kernel
+TILE = 64    # positions, and in the prefill kernel also query tokens, per step of a program
+
+
+def load_head(pages_ref, tables_ref, layer, b, h, pos, keep, d):
+    """One head of the positions `pos` of row b, (len(pos), len(d)); zero, and no memory touched, unless `keep`."""
+    P, D = pages_ref.shape[3:]
+    page = plgpu.load(tables_ref.at[b, pos // P], mask=keep, other=0)
+    at = layer, page[:, None], h, (pos % P)[:, None], d[None]
+    return plgpu.load(pages_ref.at[at], mask=keep[:, None] & (d < D)[None], other=0)
+
+
+def merge(state, m, l, acc):
+    """Two softmax sums (maximum, sum of weights, sum of weighted values) of disjoint positions as one."""
+    m_new = jnp.maximum(state[0], m)
+    a, b = jnp.exp(state[0] - m_new), jnp.exp(m - m_new)
+    return m_new, state[1] * a + l * b, state[2] * a[..., None] + acc * b[..., None]
+
+
+def decode_kernel(layer_ref,    # (1,) int32
+                  tables_ref,   # (B, M) int32
+                  lengths_ref,  # (B,) int32, positions to attend to
+                  q_ref,        # (B, H, D)
+                  k_ref,        # (L, N, H, P, D) this and all others stay in global memory
+                  v_ref,        # (L, N, H, P, D)
+                  m_ref,        # (B, H, splits) float32 out: maximum score of the split
+                  l_ref,        # (B, H, splits) float32 out: sum of weights
+                  acc_ref,      # (B, H, splits, D) float32 out: sum of weighted values
+                  *, scale: float):
+    """Flash-decoding (Dao et al. 2023): one program for one row, head and split of SPLIT positions. There is one query
+    per head, so the products are sums over a tile rather than a tensor-core dot, which would pad the query to 16."""
+    b, h, split = [pl.program_id(i) for i in range(3)]
+    start, length, D = split * SPLIT, lengths_ref[b], q_ref.shape[2]
+    d = jnp.arange(pl.next_power_of_2(D))
+    q = plgpu.load(q_ref.at[b, h, d], mask=d < D, other=0).astype(jnp.float32) * scale
+
+    def tile(i, state):
+        pos = start + i * TILE + jnp.arange(TILE)
+        seen = pos < length
+        k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, seen, d).astype(jnp.float32)
+                for ref in (k_ref, v_ref)]  # (TILE, d)
+        s = jnp.where(seen, jnp.sum(q[None] * k, axis=1), -jnp.inf)
+        p = jnp.exp(s - jnp.max(s))
+        return merge(state, jnp.max(s), jnp.sum(p), jnp.sum(p[:, None] * v, axis=0))
+
+    @pl.when(start < length)  # what other splits leave unwritten, merge_kernel does not read
+    def _():
+        tiles = pl.cdiv(jnp.minimum(length - start, SPLIT), TILE)
+        m, l, acc = jax.lax.fori_loop(0, tiles, tile, (jnp.float32(-1e30), jnp.float32(0), jnp.zeros(d.shape)))
+        m_ref[b, h, split], l_ref[b, h, split] = m, l
+        plgpu.store(acc_ref.at[b, h, split, d], acc, mask=d < D)
+
+
+def merge_kernel(lengths_ref, m_ref, l_ref, acc_ref, y_ref):
+    """Merges a row's splits in order, as many as the row has. y_ref (B, H, D) float32; the others: decode_kernel."""
+    b, h = pl.program_id(0), pl.program_id(1)
+    D = y_ref.shape[2]
+    d = jnp.arange(pl.next_power_of_2(D))
+
+    def split(i, state):
+        acc = plgpu.load(acc_ref.at[b, h, i, d], mask=d < D, other=0)
+        return merge(state, m_ref[b, h, i], l_ref[b, h, i], acc)
+
+    start = jnp.float32(-1e30), jnp.float32(0), jnp.zeros(d.shape)
+    _, l, acc = jax.lax.fori_loop(0, pl.cdiv(lengths_ref[b], SPLIT), split, start)
+    plgpu.store(y_ref.at[b, h, d], acc / jnp.where(l == 0, 1, l), mask=d < D)
+
+
+def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_ref, *, scale: float):
+    """FlashAttention-2 (Dao 2023): one program for one row, head and TILE query tokens, over all their positions.
+    lengths_ref (B, T) int32: positions each token attends to; q_ref, y_ref (B, T, H, D); the others: decode_kernel."""
+    b, h = pl.program_id(0), pl.program_id(1)
+    T, D = q_ref.shape[1], q_ref.shape[3]
+    t, d = pl.program_id(2) * TILE + jnp.arange(TILE), jnp.arange(pl.next_power_of_2(D))
+    inside = (t < T)[:, None] & (d < D)[None]
+    length = plgpu.load(lengths_ref.at[b, t], mask=t < T, other=0)  # (TILE,)
+    stop = jnp.max(length)
+    dtype = jnp.promote_types(q_ref.dtype, k_ref.dtype)  # of the products' inputs: tensor cores when both are bfloat16
+    q = plgpu.load(q_ref.at[b, t[:, None], h, d[None]], mask=inside, other=0).astype(dtype)
+
+    def tile(i, state):
+        pos = i * TILE + jnp.arange(TILE)
+        k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, pos < stop, d).astype(dtype)
+                for ref in (k_ref, v_ref)]  # (TILE, d)
+        s = pl.dot(q, k, trans_b=True, precision="highest") * scale
+        s = jnp.where(pos[None] < length[:, None], s, -jnp.inf)  # (tokens, positions)
+        m = jnp.maximum(jnp.max(s, axis=1), -1e30)
+        p = jnp.exp(s - m[:, None])
+        return merge(state, m, jnp.sum(p, axis=1), pl.dot(p.astype(dtype), v, precision="highest"))
+
+    start = jnp.full(TILE, -1e30), jnp.zeros(TILE), jnp.zeros((TILE, d.size))
+    _, l, acc = jax.lax.fori_loop(0, pl.cdiv(stop, TILE), tile, start)
+    plgpu.store(y_ref.at[b, t[:, None], h, d[None]], acc / jnp.where(l == 0, 1, l)[:, None], mask=inside)
+
+
+def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
+    """Float32 sums throughout. The sums of a decode step break at multiples of SPLIT and TILE and merge in order."""
+    B, T, H, D = q.shape
+    layer, lengths = layer.reshape(1), visible(T, context_lens, new_lens)
+    params = plgpu.CompilerParams(num_warps=4, num_stages=2)
+    call = partial(pl.pallas_call, compiler_params=params, interpret=interpret)
+    f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    if T > 1:
+        return call(partial(prefill_kernel, scale=scale), grid=(B, H, pl.cdiv(T, TILE)), out_shape=f32(q.shape))(
+            layer, block_tables, lengths, q, k_pages, v_pages)
+    splits = pl.cdiv(block_tables.shape[1] * k_pages.shape[3], SPLIT)
+    partials = call(partial(decode_kernel, scale=scale), grid=(B, H, splits),
+                    out_shape=[f32((B, H, splits)), f32((B, H, splits)), f32((B, H, splits, D))])(
+        layer, block_tables, lengths[:, 0], q[:, 0], k_pages, v_pages)
+    return call(merge_kernel, grid=(B, H), out_shape=f32((B, H, D)))(lengths[:, 0], *partials)[:, None]
+
+
+# --- TPU: Pallas, Mosaic ----------------------------------------------------------------------------------------------
+def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,), (B,) int32, prefetched into SMEM
+               q_ref,         # (1, H, R, D) R query tokens of one row, in VMEM
+               k_hbm, v_hbm,  # (L, N, H, P, D) the pools, left in HBM
+               y_ref,         # (1, H, R, D) float32
+               k_buf, v_buf,  # (2, H, S, D) VMEM: one half is filled while the other is read
+               sems,          # (2, 2) DMA semaphores: keys or values, half
+               *, scale: float):
+    """One program for one row and R query tokens, all heads. Pages are copied S positions ahead of their use."""
+    b = pl.program_id(0)
+    _, H, R, D = q_ref.shape
+    S, P = k_buf.shape[2], k_hbm.shape[3]
+    first, context, new = pl.program_id(1) * R, context_ref[b], new_ref[b]
+    stop = jnp.where(first < new, context + jnp.minimum(first + R, new), 0)
+    steps = pl.cdiv(stop, S)
+    dtype = jnp.promote_types(q_ref.dtype, k_buf.dtype)
+
+    def copies(step, do):
+        """Applies `do` to the copy of each page of this step that holds a position to attend to."""
+        half = step % 2
+        for j in range(S // P):
+            page = step * (S // P) + j
+
+            @pl.when(page * P < stop)
+            def _():
+                at = layer_ref[0], tables_ref[b, page]
+                for i, (hbm, buf) in enumerate([(k_hbm, k_buf), (v_hbm, v_buf)]):
+                    do(pltpu.make_async_copy(hbm.at[at], buf.at[half, :, pl.ds(j * P, P)], sems.at[i, half]))
+
+    def step(i, state):
+        pl.when(i + 1 < steps)(lambda: copies(i + 1, lambda copy: copy.start()))
+        copies(i, lambda copy: copy.wait())
+        t = first + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1)
+        pos = i * S + jax.lax.broadcasted_iota(jnp.int32, (1, 1, S), 2)
+        seen = (pos <= context + t) & (t < new)  # (1, R, S)
+        written = i * S + jax.lax.broadcasted_iota(jnp.int32, (1, S, 1), 1) < stop
+        v = jnp.where(written, v_buf[i % 2], 0)  # 0 * NaN is NaN
+        dot = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+        s = dot("hrd,hsd->hrs", q_ref[0].astype(dtype), k_buf[i % 2].astype(dtype)) * scale
+        s = jnp.where(seen, s, -jnp.inf)
+        m = jnp.maximum(jnp.max(s, axis=2), -1e30)
+        p = jnp.exp(s - m[..., None])
+        return merge(state, m, jnp.sum(p, axis=2), dot("hrs,hsd->hrd", p.astype(dtype), v.astype(dtype)))
+
+    pl.when(steps > 0)(lambda: copies(0, lambda copy: copy.start()))
+    start = jnp.full((H, R), -1e30), jnp.zeros((H, R)), jnp.zeros((H, R, D))
+    _, l, acc = jax.lax.fori_loop(0, steps, step, start)
+    y_ref[0] = acc / jnp.where(l == 0, 1, l)[..., None]
+
+
+def mosaic_tpu(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
+    """One kernel for any T. Query tokens are padded to the 16 rows of a bfloat16 register."""
+    B, T, H, D = q.shape
+    P, dtype = k_pages.shape[3], k_pages.dtype
+    R = min(128, pl.cdiv(T, 16) * 16)  # query tokens per program
+    S = max(1, 128 // P) * P           # positions per step
+    q = jnp.pad(q.swapaxes(1, 2), ((0, 0), (0, 0), (0, -T % R), (0, 0)))  # (B, H, T, D)
+    tokens = pl.BlockSpec((1, H, R, D), lambda b, i, *_: (b, 0, i, 0))
+    pool = pl.BlockSpec(memory_space=pl.ANY)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4, grid=(B, q.shape[2] // R), in_specs=[tokens, pool, pool], out_specs=tokens,
+        scratch_shapes=[pltpu.VMEM((2, H, S, D), dtype), pltpu.VMEM((2, H, S, D), dtype),
+                        pltpu.SemaphoreType.DMA((2, 2))])
+    y = pl.pallas_call(partial(tpu_kernel, scale=scale), grid_spec=grid, interpret=interpret,
+                       out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32))(
+        layer.reshape(1), block_tables, context_lens, new_lens, q, k_pages, v_pages)
+    return y[:, :, :T].swapaxes(1, 2)
+
+
+IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic_tpu": mosaic_tpu}
 
 
 def default_implementation() -> str:
     """The implementation for this process's devices."""
-    return "reference"
+    return {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend(), "reference")
