@@ -110,6 +110,9 @@ def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *
                                            jnp.asarray(layer, jnp.int32), scale)
 
 
+dot = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
 def visible(T, context_lens, new_lens):
     """(B, T) int32: how many positions, from 0 on, each new token sees; 0 for padding tokens."""
     t = jnp.arange(T, dtype=jnp.int32)
@@ -136,7 +139,7 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
     def scores(i, state):
         all_s, m = state  # (M, B, H, T, P), (B, H, T, 1)
         k, seen = page(k_pages, i)
-        s = jnp.where(seen, jnp.einsum("bhtd,bhpd->bhtp", q, k, precision="highest"), -jnp.inf)
+        s = jnp.where(seen, dot("bhtd,bhpd->bhtp", q, k), -jnp.inf)
         return all_s.at[i].set(s), jnp.maximum(m, s.max(-1, keepdims=True))
 
     def values(i, state):
@@ -144,7 +147,7 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
         v, seen = page(v_pages, i)
         v = jnp.where(seen.any(2)[..., None], v, 0)  # 0 * NaN is NaN
         p = jnp.exp(all_s[i] - m)
-        return l + p, y + jnp.einsum("bhtp,bhpd->bhtd", p, v, precision="highest")
+        return l + p, y + dot("bhtp,bhpd->bhtd", p, v)
 
     start = jnp.zeros((M, B, H, T, P)), jnp.full((B, H, T, 1), -1e30)
     all_s, m = jax.lax.fori_loop(0, pages, scores, start)
@@ -242,11 +245,11 @@ def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_re
         pos = i * TILE + jnp.arange(TILE)
         k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, pos < stop, d).astype(dtype)
                 for ref in (k_ref, v_ref)]  # (TILE, d)
-        s = pl.dot(q, k, trans_b=True, precision="highest") * scale
+        s = dot("td,pd->tp", q, k) * scale
         s = jnp.where(pos[None] < length[:, None], s, -jnp.inf)  # (tokens, positions)
         m = jnp.maximum(jnp.max(s, axis=1), -1e30)
         p = jnp.exp(s - m[:, None])
-        return merge(state, m, jnp.sum(p, axis=1), pl.dot(p.astype(dtype), v, precision="highest"))
+        return merge(state, m, jnp.sum(p, axis=1), dot("tp,pd->td", p.astype(dtype), v))
 
     start = jnp.full(TILE, -1e30), jnp.zeros(TILE), jnp.zeros((TILE, d.size))
     _, l, acc = jax.lax.fori_loop(0, pl.cdiv(stop, TILE), tile, start)
@@ -307,7 +310,6 @@ def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,
         seen = (pos <= context + t) & (t < new)  # (1, R, S)
         written = i * S + jax.lax.broadcasted_iota(jnp.int32, (1, S, 1), 1) < stop
         v = jnp.where(written, v_buf[i % 2], 0)  # 0 * NaN is NaN
-        dot = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
         s = dot("hrd,hsd->hrs", q_ref[0].astype(dtype), k_buf[i % 2].astype(dtype)) * scale
         s = jnp.where(seen, s, -jnp.inf)
         m = jnp.maximum(jnp.max(s, axis=2), -1e30)
