@@ -269,6 +269,64 @@ class EngineConfig:
                     f"{name}={value} must be a positive multiple of page_size={self.page_size}")
 
 
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a model over HTTP, as OpenAI's completions API: python server.py --out_dir=DIR"""
+
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = EngineConfig()
+    # The model.
+    out_dir: Path = Path("out")
+    """a directory that train.py wrote"""
+    init_from: str | None = None
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory: serve it instead of out_dir"""
+    dtype: Dtype | None = None
+    """what matmul inputs are rounded to (default: as trained)"""
+    served_model_name: str | None = None
+    """what clients call the model (default: the last part of out_dir or init_from)"""
+    # The port.
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 lets other machines in: set api_key too"""
+    port: int = 8000
+    """0 takes a free one; the log says which"""
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    """what clients must show on every route but /health; better in the environment, as NANOGPT_API_KEY, where ps does not show it"""
+    cors_origins: tuple[str, ...] = ()
+    """pages of these origins may call the API from a browser"""
+    # What one client may ask for.
+    max_waiting: int = 256
+    """prompts that may wait for the engine; with more, new requests are answered 429"""
+    max_body_bytes: int = 2**20
+    """longest request body"""
+    max_prompts: int = 64
+    """prompts in one request"""
+    max_n: int = 16
+    """samples per prompt"""
+    max_logprobs: int = 20
+    """likeliest tokens reported per position, at most the engine's 20"""
+    max_stop: int = 16
+    """stop strings of one request"""
+    # How it ends.
+    drain_timeout: float = 30.0
+    """seconds that running requests have to finish after SIGTERM"""
+    step_timeout: float = 60.0
+    """seconds after which a step of the engine counts as stuck, and /health says so"""
+
+    def __post_init__(self):
+        for name in ("max_waiting", "max_body_bytes", "max_prompts", "max_n"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(0 <= self.port < 2**16, f"port={self.port} must be from 0 to {2**16 - 1}")
+        require(0 <= self.max_logprobs <= 20, f"max_logprobs={self.max_logprobs} must be from 0 to 20")
+        require(self.max_prompts <= self.max_waiting,
+                f"max_prompts={self.max_prompts} must be at most max_waiting={self.max_waiting}: more could never be admitted")
+        for name in ("max_stop", "drain_timeout", "step_timeout"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(self.api_key != "", "api_key must not be empty")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.init_from or self.out_dir).resolve().name
+
+
 TRAIN_PRESETS = {
     # The Python standard library's own source, by characters: needs no network. What `make demo` trains.
     "pystdlib_char": TrainConfig(

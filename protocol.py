@@ -1,0 +1,168 @@
+"""What server.py takes and gives: OpenAI's completions API as types, with vLLM's names for what OpenAI does not have.
+
+FastAPI checks requests against these and makes the OpenAPI page of them. A field that is not here is refused by its name.
+"""
+
+import dataclasses
+import time
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from scheduler import MAX_LOGPROBS, SamplingParams
+
+TokenId = Annotated[int, Field(ge=0)]
+StopString = Annotated[str, Field(min_length=1, max_length=128)]
+TokenIdKey = Annotated[int, Strict(False), Field(ge=0)]  # JSON's keys are strings
+Logprob = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+class Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Form):
+    include_usage: bool = Field(False, description="a last chunk without choices tells the usage")
+
+
+class CompletionRequest(Form):
+    """null means the default. See SamplingParams for what each field does and in which order they act."""
+
+    model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="texts or token ids")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=0, description="default 16")
+    min_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[TokenIdKey, float] | None = None
+    seed: int | None = Field(None, ge=-2**63, le=2**63 - 1)
+    stop: StopString | list[StopString] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = Field(None, ge=1)
+    logprobs: Logprob | None = None
+    prompt_logprobs: Logprob | None = None
+    echo: bool | None = None
+    return_token_ids: bool | None = Field(None, description="also give token_ids, the prompt's among them if echo")
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises ValueError where fields do not go together."""
+        given = {f.name: value for f in dataclasses.fields(SamplingParams) if (value := getattr(self, f.name)) is not None}
+        if "stop" in given:
+            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return SamplingParams(**given)
+
+
+class LogprobLists(BaseModel):
+    tokens: list[str] = Field(description="a token that is no whole UTF-8 reads bytes:\\xe2\\x82")
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="characters of the text before the token")
+
+
+class PromptLogprob(BaseModel):
+    logprob: float
+    decoded_token: str
+
+
+class Choice(BaseModel):
+    index: int = Field(description="prompt i of a request has the indices i * n ... i * n + n - 1")
+    text: str
+    logprobs: LogprobLists | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+    token_ids: list[int] | None = None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """A whole answer, or a piece of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int = Field(default_factory=lambda: int(time.time()), description="seconds since 1970")
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "jax-nanogpt-vllm"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeRequest(Form):
+    model: str | None = None
+    prompt: str
+
+
+class Tokens(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeRequest(Form):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class Text(BaseModel):
+    prompt: str
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Version(BaseModel):
+    version: str
+    jax: str
+
+
+class Page(BaseModel):
+    page: int
+    holders: list[tuple[int, int]] = Field(description="(request, sample) of each sequence that has the page in its table")
+    cached: bool = Field(description="other prompts can find it")
+
+
+class Pool(BaseModel):
+    pages: int = Field(description="in the pool; page 0 is the null page")
+    page_size: int
+    running: int
+    waiting: int
+    used: list[Page] = Field(description="all other pages are free and empty")
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    error: ErrorDetail

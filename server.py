@@ -1,0 +1,669 @@
+"""Serve a model over HTTP, as OpenAI's completions API: python server.py --out_dir=DIR
+
+One thread owns the engine: see Worker. All else runs on one event loop: a handler submits a Job, and awaits what the engine brings it.
+"""
+
+import config as configs
+
+if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
+    CONFIG = configs.parse(configs.ServeConfig)
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import fastapi
+import jax
+import prometheus_client
+import uvicorn
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+import protocol
+from config import ServeConfig
+from engine import Engine, Logprobs, Output, Stats
+from model import GPT
+from pretrained import load_tokenizer
+from protocol import Choice, Completion, CompletionRequest, LogprobLists, Usage
+from scheduler import SamplingParams
+from tokenizer import StreamDecoder, Tokenizer
+from utils import load_model
+
+VERSION = "0.1.0"
+log = logging.getLogger("server")
+
+
+class APIError(Exception):
+    """An answer in OpenAI's error form."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None):
+        super().__init__(message)
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.status, self.headers = status, headers
+        clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]  # JSON may hold half a surrogate pair
+        self.body = protocol.Error(error=protocol.ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code))
+
+    def response(self) -> Response:
+        return JSONResponse(self.body.model_dump(), self.status, self.headers)
+
+
+def unavailable(message: str) -> APIError:
+    return APIError(503, message, headers={"Retry-After": "1"})
+
+
+def refused(error: ValueError) -> APIError:
+    """400. The sentences of SamplingParams and Engine.add begin with what they are about, as in top_p=2."""
+    named = re.match(r"(?:the )?(\w+)(?:=| is empty| has token)", str(error))
+    return APIError(400, str(error), param=named and named[1])
+
+
+class Job:
+    """The prompts of one HTTP request on their way through the engine. Lives on the event loop.
+
+    Outputs wait here for their reader, at most max_tokens of them for each sample: a slow one cannot fill the memory."""
+
+    def __init__(self, prompts: list[list[int]], params: SamplingParams, stream: bool):
+        self.prompts, self.params, self.stream = prompts, params, stream
+        self.ids: list[int] = []  # the engine's, one per prompt
+        self.unfinished = len(prompts) * params.n
+        self.outputs: list[tuple[int, Output]] = []  # with the prompt's number
+        self.changed = asyncio.Event()
+        self.error: APIError | None = None
+        self.submitted = time.perf_counter()
+        self.last_token: dict[tuple[int, int], float] = {}  # when, by prompt and sample
+
+    def fail(self, error: APIError) -> None:
+        self.error = error
+        self.changed.set()
+
+    async def next(self) -> list[tuple[int, Output]]:
+        """What is new of a streamed job; of another, all, once it is done. The outputs of a sample are merged.
+        Raises APIError if the job has failed."""
+        while not (self.error or not self.unfinished or (self.stream and self.outputs)):
+            await self.changed.wait()
+            self.changed.clear()
+        if self.error:
+            raise self.error
+        merged: dict[tuple[int, int], Output] = {}
+        for prompt, out in self.outputs:
+            key = prompt, out.index
+            merged[key] = merged[key] + out if key in merged else out
+        self.outputs = []
+        return [(prompt, out) for (prompt, _), out in merged.items()]
+
+
+class Worker(threading.Thread):
+    """The thread that owns the engine. The event loop leaves commands in `inbox`, which are carried out between steps; outputs
+    go back by call_soon_threadsafe, once a step."""
+
+    def __init__(self, make_engine: Callable[[], Engine], config: ServeConfig, metrics: "Metrics"):
+        super().__init__(name="engine", daemon=True)
+        self.make_engine, self.config, self.metrics = make_engine, config, metrics
+        # Shared between the threads; `wake` guards inbox, queued and stats.
+        self.wake = threading.Condition()
+        self.inbox: list[Callable[[], None]] = []
+        self.queued = 0                           # prompts in the inbox, and those taken from it since the last step
+        self.stats: Stats | None = None           # as of the last step; None until the engine is warm
+        self.step_began: float | None = None
+        self.stopping = False
+        self.error: BaseException | None = None   # what ended the thread
+        # The engine thread's own.
+        self.engine: Engine | None = None
+        self.jobs: dict[int, tuple[Job, int]] = {}  # by the engine's id
+        # The event loop's own.
+        self.open: set[Job] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.draining = False
+        self.on_death: Callable[[], None] = lambda: None
+
+    # On the event loop.
+
+    def problem(self) -> str | None:
+        """Why the server should get no requests now."""
+        began = self.step_began
+        if self.draining:
+            return "the server is shutting down"
+        if self.error:
+            return "the engine has died"
+        if self.stats is None:
+            return "the model is warming up"
+        if began is not None and time.monotonic() - began > self.config.step_timeout:
+            return f"the engine's step has taken more than step_timeout={self.config.step_timeout} s"
+        return None
+
+    async def submit(self, job: Job) -> None:
+        """Returns once the engine has accepted the job. Raises APIError."""
+        if problem := self.problem():
+            raise unavailable(problem)
+        with self.wake:
+            waiting, limit = self.stats.waiting + self.queued, self.config.max_waiting
+            if waiting + len(job.prompts) > limit:
+                raise APIError(429, f"{waiting} prompts are waiting, and the limit is {limit}: try again later",
+                               code="queue_full", headers={"Retry-After": "1"})
+            self.queued += len(job.prompts)
+            self.command(partial(self._add, job))
+        self.open.add(job)
+        self.idle.clear()
+        try:
+            await job.changed.wait()
+        except asyncio.CancelledError:
+            self.end(job)
+            raise
+        if job.error:
+            job.unfinished = 0  # nothing of it is in the engine
+            self.end(job)
+            raise job.error
+
+    def end(self, job: Job) -> None:
+        """The job needs nothing any more; if it still runs, it ends before the engine's next step."""
+        self.open.discard(job)
+        if not self.open:
+            self.idle.set()
+        if job.unfinished:
+            self.metrics.finished("abort")
+            self.command(partial(self._cancel, job))
+
+    def fail_all(self, error: APIError) -> None:
+        for job in list(self.open):
+            job.fail(error)
+
+    def command(self, run: Callable[[], None]) -> None:
+        with self.wake:
+            self.inbox.append(run)
+            self.wake.notify()
+
+    async def ask(self, question: Callable[[Engine], object]) -> object:
+        """question(engine), asked between steps."""
+        if problem := self.problem():
+            raise unavailable(problem)
+        answer = self.loop.create_future()
+        settle = lambda value: answer.done() or answer.set_result(value)
+        self.command(lambda: self._post(settle, question(self.engine)))
+        return await asyncio.wait_for(answer, self.config.step_timeout)
+
+    def stop(self) -> None:
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+
+    def _deliver(self, now: float, outputs: list[tuple[Job, int, Output]]) -> None:
+        for job, prompt, out in outputs:
+            self.metrics.observe(job, prompt, out, now)
+            job.outputs.append((prompt, out))
+            job.unfinished -= out.finish_reason is not None
+            if job.stream or not job.unfinished:
+                job.changed.set()
+
+    # On the engine thread.
+
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        super().start()
+
+    def run(self) -> None:
+        try:
+            self.engine = self.make_engine()
+            self._look()
+            while not self.stopping:
+                with self.wake:
+                    self.wake.wait_for(lambda: self.inbox or self.engine.busy or self.stopping)
+                    commands, self.inbox, taken = self.inbox, [], self.queued
+                for command in commands:
+                    command()
+                self.step_began = time.monotonic()
+                outputs = self.engine.step() if self.engine.busy else []
+                self.step_began = None
+                self._look(taken)
+                if outputs:
+                    self._post(self._deliver, time.perf_counter(), [(*self.jobs[out.request_id], out) for out in outputs])
+                for ended in {out.request_id for out in outputs} - self.engine.requests.keys():
+                    del self.jobs[ended]
+        except BaseException as e:
+            log.exception("the engine has died")
+            self.error = e
+            self._post(self._died)
+
+    def _look(self, taken: int = 0) -> None:
+        stats = self.engine.stats()
+        with self.wake:
+            self.stats = stats
+            self.queued -= taken
+
+    def _died(self) -> None:
+        self.fail_all(APIError(500, "the engine has died; the server is going down"))
+        self.on_death()
+
+    def _post(self, run: Callable, *args) -> None:
+        """run(*args) on the event loop."""
+        with contextlib.suppress(RuntimeError):  # it is closed: the process is ending
+            self.loop.call_soon_threadsafe(run, *args)
+
+    def _add(self, job: Job) -> None:
+        """All prompts of the job or, if one is refused, none."""
+        try:
+            for i, prompt in enumerate(job.prompts):
+                job.ids.append(self.engine.add(prompt, job.params))
+                self.jobs[job.ids[-1]] = job, i
+        except ValueError as e:
+            self._cancel(job)
+            self._post(job.fail, refused(e))
+        else:
+            self._post(job.changed.set)
+
+    def _cancel(self, job: Job) -> None:
+        for i in job.ids:
+            self.engine.cancel(i)
+            self.jobs.pop(i, None)
+
+
+class Metrics:
+    """What Prometheus reads at /metrics, under vLLM's names, so that dashboards made for it work."""
+
+    def __init__(self, model_name: str):
+        self.registry, self.labels = prometheus_client.CollectorRegistry(), {"model_name": model_name}
+        self.stats: Callable[[], tuple[Stats, int] | None] = lambda: None
+        self.registry.register(self)
+
+        def histogram(name: str, text: str, *buckets: float) -> prometheus_client.Histogram:
+            return prometheus_client.Histogram(f"vllm:{name}", text, list(self.labels), buckets=buckets,
+                                               registry=self.registry).labels(**self.labels)
+        self.time_to_first_token = histogram("time_to_first_token_seconds", "from the request's arrival", .001, .005, .01, .02,
+                                             .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+        self.inter_token_latency = histogram("inter_token_latency_seconds", "between the tokens of a sample", .005, .01, .025,
+                                             .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 10)
+        self.e2e_latency = histogram("e2e_request_latency_seconds", "of a sample, from the request's arrival to its end", .1, .3,
+                                     .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+        self.success = prometheus_client.Counter("vllm:request_success", "samples that have ended",
+                                                 [*self.labels, "finished_reason"], registry=self.registry)
+
+    def observe(self, job: Job, prompt: int, out: Output, now: float) -> None:
+        key = prompt, out.index
+        if key in job.last_token:
+            self.inter_token_latency.observe(now - job.last_token[key])
+        else:
+            self.time_to_first_token.observe(now - job.submitted)
+        job.last_token[key] = now
+        if out.finish_reason:
+            self.e2e_latency.observe(now - job.submitted)
+            self.finished(out.finish_reason)
+
+    def finished(self, reason: str) -> None:
+        self.success.labels(**self.labels, finished_reason=reason).inc()
+
+    def collect(self) -> list:
+        """Prometheus calls it at each reading. What the engine counts itself is not counted twice."""
+        if not (now := self.stats()):
+            return []
+        stats, queued = now
+        families = []
+
+        def add(family: type, name: str, text: str, value: float) -> None:
+            families.append(family(f"vllm:{name}", text, labels=list(self.labels)))
+            families[-1].add_metric(list(self.labels.values()), value)
+        add(GaugeMetricFamily, "num_requests_running", "sequences in the batch", stats.running)
+        add(GaugeMetricFamily, "num_requests_waiting", "sequences in the queue", stats.waiting + queued)
+        add(GaugeMetricFamily, "kv_cache_usage_perc", "pages held; 1 is all of them", stats.pages_held / stats.pages)
+        add(CounterMetricFamily, "prefix_cache_queries", "prompt tokens looked up in the prefix cache", stats.queried_tokens)
+        add(CounterMetricFamily, "prefix_cache_hits", "prompt tokens found there", stats.hit_tokens)
+        add(CounterMetricFamily, "num_preemptions", "sequences moved to host memory", stats.preemptions)
+        add(CounterMetricFamily, "prompt_tokens", "prompt tokens computed", stats.prompt_tokens)
+        add(CounterMetricFamily, "generation_tokens", "tokens generated", stats.generation_tokens)
+        return families
+
+
+class Sample:
+    """One sample on its way out: what the engine brings becomes choices."""
+
+    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, prompt: list[int], index: int):
+        self.body, self.tokenizer, self.prompt, self.index = body, tokenizer, prompt, index
+        self.tokens = -len(prompt) if body.echo else 0  # generated so far; echo brings the prompt's first
+        self.decoder, self.offset = StreamDecoder(tokenizer), 0
+
+    def choice(self, out: Output) -> Choice:
+        self.tokens += len(out.token_ids)
+        prompt = list(zip(self.prompt, out.prompt_logprobs or ()))  # on the first output, if asked for
+        logprobs = prompt_logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = self.lists((prompt if self.body.echo else []) + [(entry.token, entry) for entry in out.logprobs])
+        if prompt and self.body.prompt_logprobs is not None:
+            prompt_logprobs = [entry and {t: protocol.PromptLogprob(logprob=p, decoded_token=self.text(t))
+                                          for t, p in likeliest(entry, self.body.prompt_logprobs).items()} for _, entry in prompt]
+        return Choice(index=self.index, text=out.text, logprobs=logprobs, finish_reason=out.finish_reason,
+                      prompt_logprobs=prompt_logprobs, token_ids=out.token_ids if self.body.return_token_ids else None)
+
+    def lists(self, entries: list[tuple[int, Logprobs | None]]) -> LogprobLists:
+        offsets = []
+        for token, _ in entries:
+            offsets.append(self.offset)
+            self.offset += len(self.decoder.push([token]))
+        return LogprobLists(
+            tokens=[self.text(token) for token, _ in entries], text_offset=offsets,
+            token_logprobs=[entry and entry.logprob for _, entry in entries],
+            top_logprobs=[entry and {self.text(t): p for t, p in likeliest(entry, self.body.logprobs).items()} for _, entry in entries])
+
+    def text(self, token: int) -> str:
+        """Of one token, as OpenAI writes it: bytes that are no whole UTF-8 by their numbers."""
+        text = self.tokenizer.token_bytes(token)
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in text)
+
+
+def likeliest(entry: Logprobs, k: int) -> dict[int, float]:
+    """The k likeliest tokens, and the one that was taken."""
+    return {**dict(islice(entry.top.items(), k)), entry.token: entry.logprob}
+
+
+@contextlib.asynccontextmanager
+async def attended(worker: Worker, job: Job, receive: Callable) -> AsyncIterator[None]:
+    """Inside, the job fails as soon as its client goes away; at the end of it nothing of the job remains in the engine."""
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        job.fail(APIError(499, "the client has gone"))  # nginx's number for it; only the log sees it
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        worker.end(job)
+
+
+class EventStream(fastapi.responses.StreamingResponse):
+    """Server-sent events from a job."""
+
+    def __init__(self, events: AsyncIterator[str], worker: Worker, job: Job):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.worker, self.job = worker, job
+
+    async def __call__(self, scope, receive, send) -> None:
+        async with attended(self.worker, self.job, receive):
+            await self.stream_response(send)
+
+
+def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_model_len: int) -> fastapi.FastAPI:
+    """The routes."""
+    app = fastapi.FastAPI(title="JAX-nanoGPT-vLLM", version=VERSION, docs_url=None, redoc_url=None,
+                          responses={"4XX": {"model": protocol.Error}, "5XX": {"model": protocol.Error}})
+    started = int(time.time())
+
+    @app.exception_handler(APIError)
+    async def api_error(request, e: APIError) -> Response:
+        return e.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request, e: HTTPException) -> Response:
+        return APIError(e.status_code, str(e.detail), headers=e.headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request, e: RequestValidationError) -> Response:
+        first = e.errors()[0]
+        name = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+        message = "there is no such parameter" if first["type"] == "extra_forbidden" else first["msg"]
+        if first["loc"] == ("body",):
+            message = "its body must be a JSON object, with the header Content-Type: application/json"
+        return APIError(400, f"{name or 'the request'}: {message}", param=name).response()
+
+    @app.exception_handler(Exception)
+    async def failed(request, e: Exception) -> Response:  # the log has the traceback
+        return APIError(500, "internal error").response()
+
+    def check(name: str, value: int, limit: int) -> None:
+        if value > limit:
+            raise APIError(400, f"{name}: {value} asked for, and this server allows {limit}", param=name)
+
+    def check_model(name: str | None) -> None:
+        if name not in (None, config.model_name):
+            raise APIError(404, f"there is no model {name!r} here, only {config.model_name!r}", param="model", code="model_not_found")
+
+    async def encode(text: str) -> list[int]:
+        try:
+            return await asyncio.to_thread(tokenizer.encode, text)  # a long one must not hold up the others
+        except ValueError as e:
+            raise APIError(400, str(e), param="prompt") from e
+
+    @app.post("/v1/completions", response_model=Completion, responses={200: {"content": {"text/event-stream": {}}}})
+    async def completions(body: CompletionRequest, request: fastapi.Request) -> Response | Completion:
+        check_model(body.model)
+        check("n", body.n or 1, config.max_n)
+        check("logprobs", body.logprobs or 0, config.max_logprobs)
+        check("prompt_logprobs", body.prompt_logprobs or 0, config.max_logprobs)
+        check("stop", len(body.stop) if isinstance(body.stop, list) else 0, config.max_stop)
+        if body.stream_options and not body.stream:
+            raise APIError(400, "stream_options: only for stream=true", param="stream_options")
+        try:
+            params = body.sampling_params()
+        except ValueError as e:
+            raise refused(e) from e
+        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
+        prompts = body.prompt if several else [body.prompt]
+        check("prompt", len(prompts), config.max_prompts)
+        prompts = [await encode(p) if isinstance(p, str) else p for p in prompts]
+
+        job = Job(prompts, params, bool(body.stream))
+        answer = partial(Completion, id=f"cmpl-{request.scope['log']['request_id']}", model=config.model_name)
+        samples = {(i, k): Sample(body, tokenizer, prompt, i * params.n + k)
+                   for i, prompt in enumerate(prompts) for k in range(params.n)}
+
+        def usage() -> Usage:
+            prompt, completion = sum(map(len, prompts)), sum(s.tokens for s in samples.values())
+            request.scope["log"].update(prompt_tokens=prompt, completion_tokens=completion)
+            return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                while job.unfinished or job.outputs:
+                    for prompt, out in await job.next():
+                        choice = samples[prompt, out.index].choice(out)
+                        if choice.text or choice.logprobs or choice.token_ids or choice.finish_reason:
+                            yield f"data: {answer(choices=[choice]).model_dump_json()}\n\n"
+                whole = usage()
+                if body.stream_options and body.stream_options.include_usage:
+                    yield f"data: {answer(choices=[], usage=whole).model_dump_json()}\n\n"
+                yield "data: [DONE]\n\n"
+            except APIError as e:
+                request.scope["log"]["error"] = str(e)
+                yield f"data: {e.body.model_dump_json()}\n\n"
+
+        await worker.submit(job)
+        if body.stream:
+            return EventStream(events(), worker, job)
+        async with attended(worker, job, request.receive):
+            outputs = await job.next()
+        choices = [samples[prompt, out.index].choice(out) for prompt, out in outputs]
+        return answer(choices=sorted(choices, key=lambda c: c.index), usage=usage())
+
+    @app.get("/v1/models")
+    async def models() -> protocol.ModelList:
+        card = protocol.ModelCard(id=config.model_name, created=started, max_model_len=max_model_len)
+        return protocol.ModelList(data=[card])
+
+    @app.post("/tokenize")
+    async def tokenize(body: protocol.TokenizeRequest) -> protocol.Tokens:
+        check_model(body.model)
+        tokens = await encode(body.prompt)
+        return protocol.Tokens(tokens=tokens, count=len(tokens), max_model_len=max_model_len)
+
+    @app.post("/detokenize")
+    async def detokenize(body: protocol.DetokenizeRequest) -> protocol.Text:
+        check_model(body.model)
+        if wrong := [t for t in body.tokens if t >= tokenizer.vocab_size]:
+            raise APIError(400, f"tokens has token {wrong[0]}, and the vocabulary ends at {tokenizer.vocab_size - 1}", param="tokens")
+        return protocol.Text(prompt=tokenizer.decode(body.tokens))
+
+    @app.get("/health")
+    async def health() -> protocol.Health:
+        if problem := worker.problem():
+            raise unavailable(problem)
+        return protocol.Health()
+
+    @app.get("/metrics", response_class=fastapi.responses.PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(prometheus_client.generate_latest(worker.metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def version() -> protocol.Version:
+        return protocol.Version(version=VERSION, jax=jax.__version__)
+
+    @app.get("/pool")
+    async def pool() -> protocol.Pool:
+        """Who holds which page of the KV cache, as of now."""
+        stats, pages = await worker.ask(lambda engine: (engine.stats(), engine.snapshot()))
+        used = [protocol.Page(page=i, holders=holders, cached=cached) for i, (holders, cached) in enumerate(pages) if holders or cached]
+        return protocol.Pool(pages=len(pages), page_size=config.engine.page_size, running=stats.running, waiting=stats.waiting, used=used)
+
+    return app
+
+
+class Gate:
+    """The outermost layer: a request id that the answer carries, the API key, the size of the body, and a line in the log."""
+
+    def __init__(self, app: fastapi.FastAPI, api_key: str | None, max_body_bytes: int):
+        self.app, self.api_key, self.max_body_bytes = app, api_key, max_body_bytes
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return
+        begin, headers = time.perf_counter(), dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(16)
+        entry = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": None}
+        scope["log"] = entry
+        received = 0
+
+        async def limited_receive() -> dict:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise HTTPException(413, f"the body has more than {self.max_body_bytes} bytes, which is the limit")
+            return message
+
+        async def send_with_id(message) -> None:
+            if message["type"] == "http.response.start":
+                entry["status"] = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            if scope["path"] == "/health" or self.allows(headers.get(b"authorization", b"")):
+                await self.app(scope, limited_receive, send_with_id)
+            else:
+                refusal = APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
+                                   headers={"WWW-Authenticate": 'Basic realm="the API key is the password", Bearer'})
+                await refusal.response()(scope, receive, send_with_id)
+        finally:
+            entry["seconds"] = round(time.perf_counter() - begin, 4)
+            log.log(logging.DEBUG if scope["path"] in ("/health", "/metrics", "/pool") else logging.INFO, "request", extra={"entry": entry})
+
+    def allows(self, authorization: bytes) -> bool:
+        """Bearer KEY, or a browser's Basic with KEY as the password. Compared in constant time."""
+        scheme, _, given = authorization.partition(b" ")
+        if scheme.lower() == b"basic":
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(given).partition(b":")[2]
+        return self.api_key is None or hmac.compare_digest(given, self.api_key.encode())
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, together with the engine's thread, and an end at which nothing admitted is lost."""
+
+    def __init__(self, config: ServeConfig, make_engine: Callable[[], Engine], tokenizer: Tokenizer, max_model_len: int):
+        metrics = Metrics(config.model_name)
+        self.worker = Worker(make_engine, config, metrics)
+        metrics.stats = lambda: self.worker.stats and (self.worker.stats, self.worker.queued)
+        self.worker.on_death = lambda: setattr(self, "should_exit", True)
+        app = Gate(create_app(config, self.worker, tokenizer, max_model_len), config.api_key, config.max_body_bytes)
+        if config.cors_origins:
+            app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"],
+                                 expose_headers=["X-Request-Id"])
+        super().__init__(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False,
+                                        timeout_graceful_shutdown=5))
+        self.drain_timeout = config.drain_timeout
+
+    async def serve(self, sockets: list[socket.socket]) -> None:
+        """Returns after drain. Raises what the engine died of."""
+        self.worker.start()
+        await super().serve(sockets)
+        self.worker.stop()
+        await asyncio.to_thread(self.worker.join, 10)
+        if self.worker.error:
+            raise self.worker.error
+
+    def capture_signals(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # uvicorn's would raise SIGTERM again at the end: no exit code 0
+
+    def drain(self) -> None:
+        """Admits nothing more and lets what runs finish, for drain_timeout; called again, it does not wait."""
+        if self.worker.draining:
+            self.should_exit = True
+        self.worker.draining = True
+        self.drained = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await asyncio.wait_for(self.worker.idle.wait(), self.drain_timeout)
+        except TimeoutError:
+            self.worker.fail_all(unavailable(f"the server is shutting down, and drain_timeout={self.drain_timeout} s are over"))
+        self.should_exit = True
+
+
+class JSONLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage(), **getattr(record, "entry", {})}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def load(config: ServeConfig) -> tuple[GPT, Tokenizer]:
+    if config.init_from:
+        dtype = {"dtype": config.dtype} if config.dtype else {}
+        return GPT.from_pretrained(config.init_from, **dtype), load_tokenizer(config.init_from)
+    return load_model(config.out_dir, config.dtype)[:2]
+
+
+def main(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY"))
+    model, tokenizer = load(config)
+    listener = socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    log.info("serving %s at http://%s:%d", config.model_name, *listener.getsockname()[:2])
+
+    async def run() -> None:
+        server = Server(config, lambda: Engine(model, tokenizer, config.engine, progress=False), tokenizer, model.config.block_size)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, server.drain)
+        await server.serve([listener])
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    with configs.user_errors():
+        main(CONFIG)

@@ -1,0 +1,525 @@
+"""Tests of server.py. One server runs in this process, on a free port of 127.0.0.1, so that a test can reach its engine too."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import string
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from flax import nnx
+
+from config import EngineConfig, GPTConfig, ServeConfig
+from engine import Engine
+from model import GPT
+from scheduler import SamplingParams
+from server import Gate, Server
+from tokenizer import CharTokenizer
+
+DEADLINE = 30   # seconds; whatever takes longer hangs
+COMPILING = 180  # seconds, on a machine that others use too
+TOKENIZER = CharTokenizer(string.printable[:95] + "\n€")
+CONFIG = GPTConfig(block_size=128, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=32)
+ENGINE = EngineConfig(page_size=8, kv_blocks=65, max_num_seqs=4, prefill_tokens=32)
+
+
+class Running:
+    """A server in a thread of its own."""
+
+    def __init__(self, model: GPT, **flags):
+        self.config = ServeConfig(engine=ENGINE, served_model_name="tiny", **flags)
+        self.server = Server(self.config, self.make_engine, TOKENIZER, CONFIG.block_size)
+        self.model, self.error, self.gate = model, None, threading.Event()
+        self.gate.set()
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # so that a slow reader is felt soon
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.run, args=(listener,), daemon=True)
+        self.thread.start()
+
+    def make_engine(self) -> Engine:
+        engine = Engine(self.model, TOKENIZER, ENGINE, progress=False)
+        step = engine.step
+
+        def gated_step():  # clear the gate, and the engine stands still before its next step
+            assert self.gate.wait(DEADLINE)
+            return step()
+        engine.step = gated_step
+        return engine
+
+    def run(self, listener) -> None:
+        try:
+            asyncio.run(self.server.serve([listener]))
+        except BaseException as e:
+            self.error = e
+
+    def drain(self) -> None:
+        self.server.worker.loop.call_soon_threadsafe(self.server.drain)
+
+    def until(self, condition, what: str, seconds: float = DEADLINE) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not within {seconds} s"
+            time.sleep(0.005)
+
+    def ready(self) -> "Running":
+        self.until(lambda: self.server.worker.stats or self.error, "warm", COMPILING)
+        assert requests.get(f"{self.url}/health", timeout=DEADLINE).status_code == 200
+        return self
+
+    def post(self, path="/v1/completions", **body) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=DEADLINE)
+
+    def complete(self, **body) -> dict:
+        response = self.post(**body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def pages_held(self) -> int:
+        return self.server.worker.stats.pages_held
+
+    @contextlib.contextmanager
+    def standing(self):
+        """The engine stands still inside."""
+        self.gate.clear()
+        try:
+            yield
+        finally:
+            self.gate.set()
+
+    def connection(self, body: dict) -> socket.socket:
+        """A request on a connection of its own, of which nothing has been read."""
+        data = json.dumps(body).encode()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        connection.settimeout(DEADLINE)
+        connection.connect(("127.0.0.1", self.port))
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
+        return connection
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPT(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    running = Running(model, max_waiting=16, max_prompts=8, max_body_bytes=100_000).ready()
+    yield running
+    running.drain()
+    running.thread.join(DEADLINE)
+    assert not running.thread.is_alive() and running.error is None
+
+
+@pytest.fixture(scope="module")
+def offline(model):
+    """The same model without HTTP."""
+    return Engine(model, TOKENIZER, ENGINE, progress=False)
+
+
+def events(response: requests.Response) -> list:
+    """The objects of a stream, which must end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_prompt_forms(server):
+    """Catches: a list of numbers taken for several prompts, choices in order of arrival, a usage that counts the echo."""
+    same = dict(max_tokens=4, temperature=0)
+    texts = [server.complete(prompt=p, **same)["choices"][0]["text"] for p in ("abc", "xyz")]
+    ids = [TOKENIZER.encode(p) for p in ("abc", "xyz")]
+    assert server.complete(prompt=ids[0], **same)["choices"][0]["text"] == texts[0]
+    for prompt in (["abc", "xyz"], ids):
+        answer = server.complete(prompt=prompt, n=2, echo=True, **same)
+        assert [c["text"] for c in answer["choices"]] == ["abc" + texts[0]] * 2 + ["xyz" + texts[1]] * 2
+        assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+        assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 16, "total_tokens": 22}
+
+
+def test_every_sampling_parameter_arrives(server, offline):
+    """Catches: a parameter that is accepted and ignored, or arrives under another name."""
+    fields = dict(max_tokens=24, min_tokens=20, temperature=1.5, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2,
+                  frequency_penalty=0.5, presence_penalty=0.3, logit_bias={5: 2.0, 7: -100.0}, seed=123, stop=("e",),
+                  stop_token_ids=(9,), ignore_eos=True, n=2, logprobs=3, prompt_logprobs=2, echo=True)
+    assert fields.keys() == SamplingParams.__dataclass_fields__.keys()
+    body = fields | {"stop": ["e"], "stop_token_ids": [9], "return_token_ids": True}
+    # echo together with logprobs reports the prompt's logprobs with as many alternatives.
+    [expected] = offline.generate([TOKENIZER.encode("The ")], SamplingParams(**fields | {"prompt_logprobs": 3}), progress=False)
+    answer = server.complete(prompt="The ", **body)
+    for choice, out in zip(answer["choices"], expected, strict=True):
+        assert (choice["token_ids"], choice["text"], choice["finish_reason"]) == (out.token_ids, out.text, out.finish_reason)
+        assert choice["logprobs"]["token_logprobs"][4:] == pytest.approx([p.logprob for p in out.logprobs])
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert choice["logprobs"]["token_logprobs"][1:4] == pytest.approx([p.logprob for p in out.prompt_logprobs[1:]])
+        assert all(3 <= len(top) <= 4 for top in choice["logprobs"]["top_logprobs"][1:])
+        assert all(2 <= len(top) <= 3 for top in choice["prompt_logprobs"][1:])
+    for name, value in fields.items():  # each one alone makes a difference, or is refused alone, or is neutral here
+        assert server.post(prompt="The ", **{name: body[name]}).status_code in (200, 400)
+
+
+def test_logprob_lists(server):
+    """Catches: offsets that count bytes, and tokens without a text of their own."""
+    choice = server.complete(prompt="a€b", max_tokens=2, echo=True, logprobs=0)["choices"][0]
+    lists = choice["logprobs"]
+    assert "".join(lists["tokens"]) == choice["text"] and lists["text_offset"] == [0, 1, 2, 3, 4]
+    for token, logprob, top in list(zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"]))[1:]:
+        assert top == {token: logprob}
+
+
+@pytest.mark.parametrize("extra", [{}, {"logprobs": 1, "echo": True}, {"stop": ["q", "zz"]}])
+def test_stream_is_the_whole_in_pieces(server, extra):
+    """Catches: text lost or doubled between chunks, offsets that start anew in each, a last chunk without its reason."""
+    body = dict(prompt=["abc", "de"], max_tokens=24, seed=3, n=2, return_token_ids=True, **extra)
+    whole = server.complete(**body)
+    chunks = events(server.post(**body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
+    for index, expected in enumerate(whole["choices"]):
+        pieces = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == index]
+        assert len(pieces) > 1
+        assert "".join(p["text"] for p in pieces) == expected["text"]
+        assert sum((p["token_ids"] for p in pieces), []) == expected["token_ids"]
+        assert [p["finish_reason"] for p in pieces] == [None] * (len(pieces) - 1) + [expected["finish_reason"]]
+        if "logprobs" in extra:
+            for name, values in expected["logprobs"].items():
+                assert sum((p["logprobs"][name] for p in pieces), []) == values
+
+
+def test_concurrent_answers_equal_answers_alone(server, offline):
+    """Catches: outputs that go to another's request, and a result that depends on the company it is computed in."""
+    def body(i: int) -> dict:
+        return dict(max_tokens=4 + i % 13, seed=i, temperature=i % 3 / 2, logprobs=1, n=1 + i % 2)
+    prompts = [(string.ascii_letters * 2)[i:i + 1 + 5 * i % 37] for i in range(64)]
+
+    def ask(i: int) -> list[dict]:
+        while (response := server.post(prompt=prompts[i], return_token_ids=True, **body(i))).status_code == 429:
+            time.sleep(float(response.headers["Retry-After"]) / 20)
+        return response.json()["choices"]
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(ask, range(64)))
+    for i, choices in enumerate(answers):
+        [alone] = offline.generate([TOKENIZER.encode(prompts[i])], SamplingParams(**body(i)), progress=False)
+        for choice, out in zip(choices, alone, strict=True):
+            assert choice["token_ids"] == out.token_ids and choice["text"] == out.text
+            assert choice["logprobs"]["token_logprobs"] == [p.logprob for p in out.logprobs]
+    assert server.pages_held() == 0
+
+
+BAD = [
+    ({"prompt": "a", "best_of": 2}, "best_of"), ({"prompt": "a", "n": 17}, "n"), ({"prompt": "a", "top_p": 1.5}, "top_p"),
+    ({"prompt": "a", "max_tokens": "4"}, "max_tokens"), ({"prompt": "a", "max_tokens": True}, "max_tokens"),
+    ({"prompt": "a", "max_tokens": 10**30}, None), ({"prompt": "a", "max_tokens": 0}, "max_tokens"), ({}, "prompt"),
+    ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [10**30]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": "ж"}, "prompt"),
+    ({"prompt": ["a"] * 9}, "prompt"), ({"prompt": "a", "stop": ["x"] * 10_000}, "stop"), ({"prompt": "a", "stop": [""]}, "stop"),
+    ({"prompt": "a", "stop": ["x" * 1000]}, "stop"), ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"1000": 1}}, "logit_bias"), ({"prompt": "a", "seed": 2**64}, "seed"),
+    ({"prompt": "a", "stop_token_ids": [1000]}, "stop_token_ids"), ({"prompt": "a", "min_tokens": 20, "max_tokens": 5}, "min_tokens"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ({"prompt": "a", "frequency_penalty": 1e300}, "frequency_penalty"), ({"prompt": "a", "temperature": -1}, "temperature"),
+]
+
+
+@pytest.mark.parametrize("body, param", BAD, ids=[json.dumps(body)[:40] for body, _ in BAD])
+def test_mistakes_are_400_and_named(server, body, param):
+    """Catches: a mistake that becomes a 500, is ignored, or is answered without saying where it is."""
+    response = server.post(**body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error", response.text
+    assert error["param"] == param
+
+
+def test_errors_hold_both_numbers(server):
+    """Catches: a refusal that does not say by how much."""
+    message = server.post(prompt="a" * 100, max_tokens=100).json()["error"]["message"]
+    assert "100" in message and "128" in message
+    response = server.post(model="gpt-5", prompt="a")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("data, content_type, status", [
+    (b'{"prompt": "a"', "application/json", 400), (b'{"prompt": "\xff"}', "application/json", 400), (b"[" * 50_000, "application/json", 400),
+    (b'{"prompt": "a", "temperature": NaN}', "application/json", 400), (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "application/json", 400),
+    (b'{"prompt": "\\ud800"}', "application/json", 400), (b'{"\\ud800": 1, "prompt": "a"}', "application/json", 400), (b"", "application/json", 400),
+    (b'{"prompt": "a"}', "text/plain", 400), (b'"' + b"a" * 10_000_000 + b'"', "application/json", 413),
+], ids=["cut off", "bad UTF-8", "deep", "NaN", "huge number", "half a surrogate", "its name too", "empty", "text/plain", "10 MB"])
+def test_malformed_bodies(server, data, content_type, status):
+    """Catches: bytes that bring a handler down; an answer that is not in the error form, or shows a traceback or a path."""
+    response = requests.post(f"{server.url}/v1/completions", data=data, headers={"Content-Type": content_type}, timeout=DEADLINE)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert "Traceback" not in response.text and ".py" not in response.text and len(response.text) < 3000
+
+
+def test_other_routes(server):
+    """Catches: routes that the page, lm-eval or a load balancer calls, gone or changed."""
+    tokens = server.post("/tokenize", prompt="a€b").json()
+    assert tokens == {"tokens": TOKENIZER.encode("a€b"), "count": 3, "max_model_len": 128}
+    assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "a€b"}
+    assert server.post("/detokenize", tokens=[10**6]).status_code == 400
+    get = lambda path: requests.get(server.url + path, timeout=DEADLINE)
+    assert get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert get("/version").json().keys() == {"version", "jax"}
+    assert get("/openapi.json").json()["paths"].keys() >= {"/v1/completions", "/health", "/metrics", "/tokenize"}
+    for path, status in (("/nowhere", 404), ("/v1/completions", 405), ("/v1/chat/completions", 404)):
+        assert get(path).status_code == status and "error" in get(path).json()
+
+
+def test_request_id(server):
+    """Catches: an answer that cannot be found in the log, and a header that a client could smuggle lines into the log with."""
+    post = lambda given: requests.post(f"{server.url}/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": given}, timeout=DEADLINE)
+    assert post("mine-1").headers["x-request-id"] == "mine-1" and post("mine-1").json()["id"] == "cmpl-mine-1"
+    for bad in ("a b", "x" * 65, "{}"):
+        assert post(bad).headers["x-request-id"] not in ("", bad)
+
+
+def test_metrics(server):
+    """Catches: a name that vLLM's dashboards do not find, a count that misses requests or counts them twice."""
+    def read() -> dict[str, float]:
+        lines = requests.get(f"{server.url}/metrics", timeout=DEADLINE).text.splitlines()
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+    before = read()
+    server.complete(prompt="0123456789" * 4, max_tokens=5, n=2)
+    server.complete(prompt="0123456789" * 4, max_tokens=5)
+    after = read()
+    name = lambda n, labels="": f'vllm:{n}{{{labels}model_name="tiny"}}'
+    grown = {n: after[n] - before.get(n, 0) for n in after}
+    assert grown[name("generation_tokens_total")] == 15
+    assert grown[name("prefix_cache_queries_total")] == 80 and grown[name("prefix_cache_hits_total")] == 32
+    assert grown[name("prompt_tokens_total")] == 80 - 32
+    assert grown[name("request_success_total", 'finished_reason="length",')] == 3
+    assert grown[name("time_to_first_token_seconds_count")] == grown[name("e2e_request_latency_seconds_count")] == 3
+    assert grown[name("inter_token_latency_seconds_count")] == 12
+    for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert after[name(gauge)] == 0
+    assert name("num_preemptions_total") in after
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("when", ["queued", "prefill", "decode"])
+def test_client_that_goes_away_frees_its_pages(server, when, stream):
+    """Catches: generation that goes on for nobody, whatever the request was doing when its client left."""
+    worker, engine = server.server.worker, server.server.worker.engine
+    others = [server.connection({"prompt": "x", "max_tokens": 120}) for _ in range(4)] if when == "queued" else []
+    with server.standing() if when == "prefill" else contextlib.nullcontext():
+        client = server.connection({"prompt": "y" * 100, "max_tokens": 20 if when == "prefill" else 28, "stream": stream})
+        server.until(lambda: len(worker.open) == len(others) + 1, "arrived")
+        if when == "decode":
+            server.until(lambda: worker.stats.generation_tokens, "decoding")
+        client.close()
+        for other in others:
+            other.close()
+        server.until(lambda: not worker.open, "noticed")
+        server.until(lambda: not worker.inbox or when == "prefill", "told to the engine")
+    server.until(lambda: not worker.inbox and not engine.busy and server.pages_held() == 0, "freed")
+    engine.blocks.check()
+    assert not worker.jobs and worker.queued == 0
+
+
+def test_pages_are_free_within_one_step(server):
+    """Catches: a cancellation that waits for the end of the request, or for a second step."""
+    worker = server.server.worker
+    with server.standing():
+        client = server.connection({"prompt": "y" * 100, "max_tokens": 28})
+        server.until(lambda: worker.step_began is not None, "in a step")
+        client.close()
+        server.until(lambda: worker.inbox, "cancelled")
+        steps = []
+        worker.engine.step, step = (lambda: steps.append(1) or step()), worker.engine.step
+    server.until(lambda: not worker.engine.busy and server.pages_held() == 0, "freed")
+    worker.engine.step = step
+    assert len(steps) <= 1
+
+
+def test_reader_that_stops_reading(server):
+    """Catches: a slow reader that stalls the engine or other clients, or whose outputs pile up."""
+    slow = server.connection({"prompt": "z", "max_tokens": 100, "n": 4, "logprobs": 20, "stream": True})
+    answer = server.complete(prompt="a", max_tokens=8)
+    assert answer["usage"]["completion_tokens"] == 8
+    server.until(lambda: server.server.worker.stats.running == 0, "the slow one's tokens generated")
+    assert any(job.outputs for job in server.server.worker.open), "it was not slow enough to keep the server waiting"
+    data = b""
+    while b"[DONE]" not in data:
+        piece = slow.recv(1 << 16)
+        assert piece, "the stream broke off"
+        data += piece
+    slow.close()
+    server.until(lambda: not server.server.worker.open, "ended")
+
+
+def test_queue_limit(server):
+    """Catches: a queue without end, a 5xx under load, places in the queue that are lost."""
+    def one(i: int) -> int:
+        response = server.post(prompt="abc", max_tokens=3)
+        assert response.status_code != 429 or int(response.headers["Retry-After"]) > 0
+        return response.status_code
+    with ThreadPoolExecutor(100) as pool:
+        with server.standing():
+            codes = [pool.submit(one, i) for i in range(100)]
+            server.until(lambda: sum(f.done() for f in codes) >= 100 - 16 - 4 - 16, "refused")
+        codes = [f.result() for f in codes]
+    assert set(codes) == {200, 429}
+    assert [one(i) for i in range(5)] == [200] * 5
+    assert server.server.worker.queued == 0 and server.pages_held() == 0
+
+
+def test_pool(server):
+    """Catches: a page that is shown free while a request holds it, sharing that does not show."""
+    prefix = "s" * 41  # 5 full pages
+    with server.standing():
+        clients = [server.connection({"prompt": prefix + c, "max_tokens": 60}) for c in "ab"]
+        server.until(lambda: len(server.server.worker.open) == 2, "arrived")
+    views = []
+
+    def shared() -> bool:
+        views.append(requests.get(f"{server.url}/pool", timeout=DEADLINE).json())
+        return any(len(page["holders"]) == 2 for page in views[-1]["used"])
+    server.until(shared, "two requests on one page")
+    assert sum(len(page["holders"]) == 2 and page["cached"] for page in views[-1]["used"]) == 5
+    assert views[-1]["pages"] == 65 and views[-1]["page_size"] == 8
+    for client in clients:
+        client.close()
+
+
+def test_api_key(model):
+    """Catches: a route left open, a comparison that a prefix or another scheme passes."""
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def status(path: str, authorization: str | None) -> int:
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+        headers = [] if authorization is None else [(b"authorization", authorization.encode())]
+        scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
+        asyncio.run(Gate(app, "secret-ключ", 1000)(scope, None, send))
+        return sent[0]["status"]
+    basic = lambda text: "Basic " + base64.b64encode(text.encode()).decode()
+    good = ["Bearer secret-ключ", "bearer secret-ключ", basic("anyone:secret-ключ")]
+    bad = [None, "", "Bearer", "Bearer ", "Bearer secret", "Bearer secret-ключx", "secret-ключ", basic("secret-ключ"), basic("a:b"), "Basic !"]
+    for path in ("/v1/completions", "/v1/models", "/metrics", "/pool", "/", "/openapi.json", "/health/", "//health", "/tokenize"):
+        assert [status(path, a) for a in good] == [200] * 3, path
+        assert [status(path, a) for a in bad] == [401] * 10, path
+    assert status("/health", None) == 200
+
+
+def test_engine_that_dies(model):
+    """Catches: clients left hanging, and a process that lives on without its engine or ends as if all were well."""
+    running = Running(model).ready()
+    with running.standing():
+        clients = [running.connection({"prompt": "a", "max_tokens": 50, "stream": stream}) for stream in (False, True)]
+        running.until(lambda: len(running.server.worker.open) == 2, "arrived")
+
+        def die():
+            raise MemoryError("no more pages")
+        running.server.worker.engine.step = die
+    answers = []
+    for client in clients:
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        answers.append((response.status, response.read().decode()))
+    for status, text in answers:
+        assert status == 500 or (status == 200 and "[DONE]" not in text)
+        assert '"server_error"' in text and "no more pages" not in text
+    running.thread.join(DEADLINE)
+    assert isinstance(running.error, MemoryError)
+
+
+def test_health_when_a_step_hangs(model):
+    """Catches: a load balancer that keeps sending requests to a server whose device hangs."""
+    running = Running(model, step_timeout=0.1)
+    health = lambda: requests.get(f"{running.url}/health", timeout=DEADLINE).status_code
+    running.ready()
+    with running.standing():
+        client = running.connection({"prompt": "a"})
+        running.until(lambda: health() == 503, "unhealthy")
+    running.until(lambda: health() == 200, "healthy again")
+    client.close()
+    running.drain()
+    running.thread.join(DEADLINE)
+    assert running.error is None
+
+
+def test_sigterm_under_load(model, tmp_path):
+    """Catches: a request that was admitted and lost at the end, an end that waits for ever, an exit code other than 0."""
+    model.save_pretrained(tmp_path / "tiny", TOKENIZER)
+    process = subprocess.Popen(
+        [sys.executable, "server.py", f"--init_from={tmp_path / 'tiny'}", "--port=0", "--kv_blocks=65", "--page_size=8", "--prefill_tokens=32",
+         "--max_num_seqs=2"], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"NANOGPT_API_KEY": "hidden-key"})
+    lines = []
+    threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+    try:
+        end = time.monotonic() + COMPILING
+        while not (said := [line for line in lines if "serving" in line]):
+            assert time.monotonic() < end and process.poll() is None, lines
+            time.sleep(0.02)
+        port = int(json.loads(said[0])["event"].rsplit(":", 1)[1])
+        url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer hidden-key"}
+        codes = set()
+        while 200 not in codes:
+            assert time.monotonic() < end, codes
+            codes.add(requests.get(f"{url}/health", timeout=DEADLINE).status_code)
+            time.sleep(0.05)
+        assert codes == {503, 200}, "it was healthy before it was warm"
+        assert requests.get(f"{url}/v1/models", timeout=DEADLINE).status_code == 401
+        first = threading.Event()
+
+        def ask(i: int) -> int:
+            with requests.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 100, "stream": True}, headers=headers,
+                               stream=True, timeout=DEADLINE) as response:
+                for line in response.iter_lines():
+                    first.set()
+                    last = line or last
+                return response.status_code, last
+        last = b""
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(ask, i) for i in range(8)]
+            assert first.wait(DEADLINE)
+            process.send_signal(signal.SIGTERM)
+            answers = [f.result() for f in answers]
+        assert process.wait(DEADLINE) == 0
+        assert (200, b"data: [DONE]") in answers
+        assert all(last == b"data: [DONE]" for status, last in answers if status == 200), "an admitted request was lost"
+        assert {status for status, _ in answers} <= {200, 503}
+        assert not any("hidden-key" in line or "Traceback" in line for line in lines)
+    finally:
+        process.kill()
+
+
+def test_openai_client(server):
+    """Catches: whatever the real client cannot read: whole and streamed answers, logprobs, n, errors."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE)
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    whole = client.completions.create(model="tiny", prompt="abc", max_tokens=8, n=2, seed=1, logprobs=2)
+    assert len(whole.choices) == 2 and whole.usage.completion_tokens == 16 and whole._request_id
+    assert len(whole.choices[0].logprobs.token_logprobs) == 8
+    stream = client.completions.create(model="tiny", prompt="abc", max_tokens=8, seed=1, stream=True,
+                                       stream_options={"include_usage": True}, extra_body={"top_k": 50})
+    chunks = list(stream)
+    assert chunks[-1].usage.completion_tokens == 8
+    assert len("".join(c.choices[0].text for c in chunks[:-1])) == 8
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        client.completions.create(model="tiny", prompt="abc", best_of=3)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="abc")
