@@ -85,8 +85,10 @@ def ours_train(config: TrainConfig, tokens: Path) -> Callable:
     import train
     import utils
 
-    file, state = train.TokenFile(tokens, "uint16"), utils.TrainState.create(config)
-    batches = train.batches(file, config, 0)
+    utils.use_cpu_cores(config)
+    mesh = utils.training_mesh(config)
+    state = utils.TrainState.create(config, mesh=mesh)
+    batches = train.batches(train.TokenFile(tokens, "uint16"), config, 0, mesh)
 
     def run(n: int) -> None:
         nonlocal state

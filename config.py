@@ -121,6 +121,9 @@ class TrainConfig:
     """micro-batches per update"""
     loss_chunks: int = 1
     """compute the loss in this many pieces along T, so that float32 logits (B, T, V) are never held at once"""
+    mesh: str | None = None
+    """how devices share the work: AXIS:SIZE,... of data, fsdp, tensor, context, layers (see docs/distributed.md), -1 once for the
+    rest; default: all devices share the batch, and the weights too if they are large"""
     # Optimizer.
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the update of each block's matrices, the rest is AdamW"""

@@ -26,12 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+import pretrained
 from config import GPTConfig, TrainConfig, require
-from model import GPT
-from utils import (PEAK_FLOPS, Checkpoints, TrainState, flops_per_token, learning_rate_schedule, require_same_model,
-                   write_atomically)
+from utils import (PEAK_FLOPS, Checkpoints, TrainState, describe, flops_per_token, learning_rate_schedule, put_batch,
+                   require_same_model, training_mesh, use_cpu_cores, write_atomically)
 
 EVAL_SEED = 20240229  # of the evaluation batches: the same for every run, so that losses compare between runs
 
@@ -62,29 +63,37 @@ def epoch_order(seed: int, epoch: int, windows: int, block_size: int) -> tuple[i
     return int(rng.integers(block_size)), rng.permutation(windows)
 
 
-def get_batch(file: TokenFile, t: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Batch t of shape (..., T): tokens (..., T+1) int32, whose first T are the input and whose last T are the targets.
+def get_batch(file: TokenFile, t: int, shape: tuple[int, ...], seed: int, rows: slice = slice(None)) -> np.ndarray:
+    """Batch t of shape (..., B, T): tokens (..., B, T+1) int32, whose first T are the input and whose last T are the targets; or
+    only `rows` of the B. A batch is the same tokens however it is divided.
 
     A pure function of its arguments. In every epoch the file is cut into windows of T at another offset, and each window is seen
     once, in shuffled order; the order of an epoch is the only thing kept in memory (8 bytes a window)."""
-    data, T, rows = file.read(), shape[-1], math.prod(shape[:-1])
+    data, T, n = file.read(), shape[-1], math.prod(shape[:-1])
     windows = (len(data) - T) // T
     require(windows >= 1, f"{file.path} has {len(data)} tokens, too few for block_size={T}: it needs at least {2 * T}")
+    which = np.arange(t * n, (t + 1) * n).reshape(shape[:-1])[..., rows]
     starts = []
-    for i in range(t * rows, (t + 1) * rows):
+    for i in which.flat:
         offset, order = epoch_order(seed, i // windows, windows, T)
         starts.append(offset + T * order[i % windows])
-    batch = data[np.array(starts)[:, None] + np.arange(T + 1)]
-    return batch.astype(np.int32).reshape(*shape[:-1], T + 1)
+    return data[np.array(starts).reshape(*which.shape, 1) + np.arange(T + 1)].astype(np.int32)
 
 
-def batches(file: TokenFile, config: TrainConfig, start: int) -> Iterator[np.ndarray]:
-    """Batches start, start + 1, ... (A, B, T+1), each prepared by a thread while the one before it is used."""
+def load_batch(mesh: Mesh, file: TokenFile, t: int, shape: tuple[int, ...], seed: int) -> jax.Array:
+    """get_batch with its rows on the mesh's devices; each process reads those of its own devices."""
+    return put_batch(mesh, (*shape[:-1], shape[-1] + 1), lambda rows: get_batch(file, t, shape, seed, rows))
+
+
+def batches(file: TokenFile, config: TrainConfig, start: int, mesh: Mesh | None = None) -> Iterator[jax.Array | np.ndarray]:
+    """Batches start, start + 1, ... (A, B, T+1) on `mesh` (numpy without one), each prepared by a thread while the one before
+    it is used."""
+    load = partial(load_batch, mesh) if mesh else get_batch
     shape = (config.gradient_accumulation_steps, config.batch_size, config.model.block_size)
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(get_batch, file, start, shape, config.seed)
+        ahead = pool.submit(load, file, start, shape, config.seed)
         for t in range(start, config.max_iters):
-            batch, ahead = ahead.result(), pool.submit(get_batch, file, t + 1, shape, config.seed)
+            batch, ahead = ahead.result(), pool.submit(load, file, t + 1, shape, config.seed)
             yield batch
 
 
@@ -103,7 +112,8 @@ def train_step(state: TrainState, batch: jax.Array, config: TrainConfig) -> tupl
             model = dataclasses.replace(state, params=params).model
             return model.loss(tokens[:, :-1], tokens[:, 1:], chunks=config.loss_chunks, dropout_key=dropout_key)
 
-        return jax.value_and_grad(loss)(state.params)
+        loss, grads = jax.value_and_grad(loss)(state.params)
+        return loss, state.lay_out(grads)
 
     if A == 1:
         loss, grads = loss_and_grads(batch[0], 0)
@@ -117,7 +127,7 @@ def train_step(state: TrainState, batch: jax.Array, config: TrainConfig) -> tupl
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return state.lay_out(dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)), metrics
 
 
 @partial(jax.jit, static_argnames="config")
@@ -136,7 +146,7 @@ def estimate_loss(state: TrainState, config: TrainConfig, files: dict[str, Token
             losses[split] = full_loss(state, config, file)
         else:
             # Dispatched one after the other, awaited once.
-            each = [eval_step(state, get_batch(file, t, shape, EVAL_SEED), config) for t in range(config.eval_iters)]
+            each = [eval_step(state, load_batch(state.mesh, file, t, shape, EVAL_SEED), config) for t in range(config.eval_iters)]
             losses[split] = float(np.mean(jax.device_get(each), dtype=np.float64))
     return losses
 
@@ -151,7 +161,7 @@ def full_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
         count = len(tokens) - 1
         tokens = np.pad(tokens, (0, B * T - count), constant_values=-1)
         windows = tokens[np.arange(B)[:, None] * T + np.arange(T + 1)]
-        total += float(eval_step(state, windows, config)) * count
+        total += float(eval_step(state, put_batch(state.mesh, windows.shape, lambda rows: windows[rows]), config)) * count
     return total / (len(data) - 1)
 
 
@@ -241,20 +251,22 @@ def start(config: TrainConfig, meta: dict) -> tuple[TrainConfig, TrainState, Che
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=meta["vocab_size"]))
     params = None
     if config.init_from not in ("scratch", "resume"):
-        model = GPT.from_pretrained(config.init_from, **configs.changed(config.model))
-        require(model.config.vocab_size == meta["vocab_size"],
-                f"{config.init_from} has vocab_size={model.config.vocab_size}, the data {meta['vocab_size']}: "
-                "prepare the data with the model's tokenizer")
-        config, params = dataclasses.replace(config, model=model.config), model.params()
+        model, params = pretrained.read(config.init_from, **configs.changed(config.model))  # on the host
+        require(model.vocab_size == meta["vocab_size"], f"{config.init_from} has vocab_size={model.vocab_size}, the data "
+                f"{meta['vocab_size']}: prepare the data with the model's tokenizer")
+        config = dataclasses.replace(config, model=model)
+    use_cpu_cores(config)
+    mesh = training_mesh(config)
     checkpoints = Checkpoints(config.out_dir)
     latest = checkpoints.latest()
     if latest is not None:
         require(config.init_from == "resume", f"out_dir={config.out_dir} holds a run at step {latest}: go on with "
                 "--init_from=resume, or choose another --out_dir")
         require_same_model(config.out_dir, config.model, meta)
-    state = TrainState.create(config, params)
-    if latest is not None:
-        state = checkpoints.restore(state)
+    if latest is None:
+        state = TrainState.create(config, params, mesh)
+    else:
+        state = checkpoints.restore(TrainState.shapes(config, mesh))
     write_atomically(config.out_dir / "config.json", json.dumps(
         {"model": dataclasses.asdict(config.model), "train": dataclasses.asdict(config)}, indent=1, default=str))
     write_atomically(config.out_dir / "meta.json", json.dumps(meta, indent=1))
@@ -270,7 +282,7 @@ def train(config: TrainConfig) -> int:
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     print(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
-          f"{config.model.dtype} on {jax.device_count()} x {jax.devices()[0].device_kind}; step {step} of {config.max_iters}")
+          f"{config.model.dtype}, {describe(state.mesh)}; step {step} of {config.max_iters}")
     bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None)
 
     def evaluate() -> float:
@@ -285,7 +297,7 @@ def train(config: TrainConfig) -> int:
         if config.eval_only or step == 0:
             evaluate()
         since, timed = time.perf_counter(), step
-        for batch in () if config.eval_only else batches(files["train"], config, step):
+        for batch in () if config.eval_only else batches(files["train"], config, step, state.mesh):
             if config.profile and step == first + 10:
                 jax.profiler.start_trace(config.out_dir / "profile")
             state, metrics = train_step(state, batch, config)
@@ -300,7 +312,7 @@ def train(config: TrainConfig) -> int:
                 since, timed = time.perf_counter(), step
                 row = {"loss": loss, "lr": float(schedule(step - 1)), "grad_norm": grad_norm, "tokens_per_s": round(rate)}
                 if peak:
-                    row["mfu"] = rate * flops_per_token(config.model) / (peak * jax.device_count())
+                    row["mfu"] = rate * flops_per_token(config.model) / (peak * state.mesh.size)
                 log.write(step, **row)
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
                 require(math.isfinite(loss), f"the loss is {loss} at step {step}: resume with a lower learning_rate "
