@@ -154,6 +154,7 @@ class Pool(BaseModel):
     page_size: int
     running: int
     waiting: int
+    requests: dict[int, str] = Field(description="X-Request-Id of each request that has not ended")
     used: list[Page] = Field(description="all other pages are free and empty")
 
 

@@ -81,7 +81,8 @@ class Job:
 
     Outputs wait here for their reader, at most max_tokens of them for each sample: a slow one cannot fill the memory."""
 
-    def __init__(self, prompts: list[list[int]], params: SamplingParams, stream: bool):
+    def __init__(self, request_id: str, prompts: list[list[int]], params: SamplingParams, stream: bool):
+        self.request_id = request_id
         self.prompts, self.params, self.stream = prompts, params, stream
         self.ids: list[int] = []  # the engine's, one per prompt
         self.unfinished = len(prompts) * params.n
@@ -407,6 +408,7 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
     app = fastapi.FastAPI(title="JAX-nanoGPT-vLLM", version=VERSION, docs_url=None, redoc_url=None,
                           responses={"4XX": {"model": protocol.Error}, "5XX": {"model": protocol.Error}})
     started = int(time.time())
+    html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
     @app.exception_handler(APIError)
     async def api_error(request, e: APIError) -> Response:
@@ -461,8 +463,8 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
         check("prompt", len(prompts), config.max_prompts)
         prompts = [await encode(p) if isinstance(p, str) else p for p in prompts]
 
-        job = Job(prompts, params, bool(body.stream))
-        answer = partial(Completion, id=f"cmpl-{request.scope['log']['request_id']}", model=config.model_name)
+        job = Job(request.scope["log"]["request_id"], prompts, params, bool(body.stream))
+        answer = partial(Completion, id=f"cmpl-{job.request_id}", model=config.model_name)
         samples = {(i, k): Sample(body, tokenizer, prompt, i * params.n + k)
                    for i, prompt in enumerate(prompts) for k in range(params.n)}
 
@@ -529,9 +531,18 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
     @app.get("/pool")
     async def pool() -> protocol.Pool:
         """Who holds which page of the KV cache, as of now."""
-        stats, pages = await worker.ask(lambda engine: (engine.stats(), engine.snapshot()))
+        stats, pages, names = await worker.ask(lambda engine: (
+            engine.stats(), engine.snapshot(), {i: job.request_id for i, (job, _) in worker.jobs.items()}))
         used = [protocol.Page(page=i, holders=holders, cached=cached) for i, (holders, cached) in enumerate(pages) if holders or cached]
-        return protocol.Pool(pages=len(pages), page_size=config.engine.page_size, running=stats.running, waiting=stats.waiting, used=used)
+        return protocol.Pool(pages=len(pages), page_size=config.engine.page_size, running=stats.running, waiting=stats.waiting,
+                             requests=names, used=used)
+
+    @app.get("/", response_class=HTMLResponse)
+    @app.get("/docs", response_class=HTMLResponse)
+    async def page() -> Response:
+        """A page to try the model on, and to watch the page pool."""
+        return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+                                           "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"})
 
     return app
 

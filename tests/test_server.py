@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import string
@@ -40,7 +41,7 @@ class Running:
     def __init__(self, model: GPT, **flags):
         self.config = ServeConfig(engine=ENGINE, served_model_name="tiny", **flags)
         self.server = Server(self.config, self.make_engine, TOKENIZER, CONFIG.block_size)
-        self.model, self.error, self.gate = model, None, threading.Event()
+        self.model, self.error, self.gate, self.step_seconds = model, None, threading.Event(), 0.0
         self.gate.set()
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # so that a slow reader is felt soon
@@ -55,6 +56,7 @@ class Running:
 
         def gated_step():  # clear the gate, and the engine stands still before its next step
             assert self.gate.wait(DEADLINE)
+            time.sleep(self.step_seconds)  # to be as slow as a larger model
             return step()
         engine.step = gated_step
         return engine
@@ -274,6 +276,7 @@ def test_other_routes(server):
     get = lambda path: requests.get(server.url + path, timeout=DEADLINE)
     assert get("/v1/models").json()["data"][0]["id"] == "tiny"
     assert get("/version").json().keys() == {"version", "jax"}
+    assert "<title>" in get("/").text and "default-src 'none'" in get("/").headers["content-security-policy"]
     assert get("/openapi.json").json()["paths"].keys() >= {"/v1/completions", "/health", "/metrics", "/tokenize"}
     for path, status in (("/nowhere", 404), ("/v1/completions", 405), ("/v1/chat/completions", 404)):
         assert get(path).status_code == status and "error" in get(path).json()
@@ -523,3 +526,51 @@ def test_openai_client(server):
         client.completions.create(model="tiny", prompt="abc", best_of=3)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="abc")
+
+
+def test_page_in_a_browser(server, tmp_path):
+    """Catches: a page that does not stream, cannot be stopped, shows no alternatives or no pages, or calls another host."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright: a browser drives the page")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium on the path")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as p, p.chromium.launch(executable_path=chromium, args=flags) as browser:
+        for scheme, width in (("light", 1200), ("dark", 390)):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            hosts, problems = set(), []
+            page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+            page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(server.url)
+            server.step_seconds = 0.03
+            page.fill("#prompt", "def the_same_prefix_that_both_have(x): ")
+            page.fill("[name=max_tokens]", "80")
+            page.fill("[name=seed]", "1")
+            page.press("#prompt", "Control+Enter")
+            page.click("text=Generate")
+            page.locator("#legend li >> nth=1").wait_for()  # two requests hold pages
+            page.locator(".output >> nth=0 >> .token >> nth=5").wait_for()
+            playwright.expect(page.locator("#pool-text")).to_contain_text("4 of them shared")
+            page.screenshot(path=tmp_path / f"{scheme}_running.png", full_page=True)
+            page.locator(".output >> nth=0").get_by_text("Stop").click()
+            page.locator(".output >> nth=0", has_text="stopped").wait_for()
+            server.until(lambda: len(server.server.worker.open) == 1, "one stopped, the other not")
+            server.step_seconds = 0.0
+            page.locator(".output >> nth=1", has_text="80 new").wait_for()
+            [alone] = server.complete(prompt="def the_same_prefix_that_both_have(x): ", max_tokens=80, seed=1, temperature=0.8)["choices"]
+            assert page.locator(".output >> nth=1 >> .text").inner_text().endswith(alone["text"].rstrip("\n"))
+            page.hover(".output >> nth=1 >> .token >> nth=3")
+            assert page.locator("#tip").inner_text().count("%") >= 6
+            page.keyboard.press("Escape")
+            page.focus(".output >> nth=1 >> .text")
+            page.keyboard.press("ArrowRight")
+            assert page.locator("#tip").is_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.screenshot(path=tmp_path / f"{scheme}_done.png", full_page=True)
+            page.fill("[name=max_tokens]", "500")
+            page.click("text=Generate")
+            page.locator(".output .error", has_text="context is 128").wait_for()
+            assert hosts == {f"127.0.0.1:{server.port}"} and [p for p in problems if "400" not in p] == []
+            page.close()
