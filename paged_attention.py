@@ -9,6 +9,7 @@ The same bits: what a row gets depends on its own query, its own tokens and noth
 on where its pages lie, on the width M of the table, or on what free pages hold, NaN included.
 """
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -37,15 +38,15 @@ class PagedKVCache:
 
         On CPU a bfloat16 pool is kept as uint16: XLA there (jax 0.10) converts a whole bfloat16 array to float32 and
         back to gather from it or scatter into it, which at 1 GiB costs more than the model."""
-        if num_pages < 2:
-            raise ValueError(f"num_pages={num_pages}: page 0 is the null page, so at least 2 are needed")
-        shape = config.n_layer, num_pages, config.n_head, page_size, config.n_embd // config.n_head
-        if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
-            dtype = jnp.uint16
         attention = attention or default_implementation()
         if attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention={attention}: there are {', '.join(IMPLEMENTATIONS)}")
+        if num_pages < 2:
+            raise ValueError(f"num_pages={num_pages}: page 0 is the null page, so at least 2 are needed")
+        if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
+            dtype = jnp.uint16
         none = jnp.zeros((0,), jnp.int32)
+        shape = pool_shape(config, num_pages, page_size, attention)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((0, 0), jnp.int32), none, none, attention)
 
     def positions(self, T: int) -> jax.Array:
@@ -64,7 +65,7 @@ class PagedKVCache:
         page = jnp.take_along_axis(self.block_tables, pos // self.page_size, axis=1, mode="clip")
         page = jnp.where(jnp.arange(T) < self.new_lens[:, None], page, 0)  # padding writes to the null page
         at = layer, page, slice(None), pos % self.page_size
-        k_pages, v_pages = [pages.at[at].set(to_dtype(x, pages.dtype))
+        k_pages, v_pages = [pages.at[at].set(pack(x, pages))
                             for pages, x in ((self.k_pages, k), (self.v_pages, v))]
         y = paged_attention(q, k_pages, v_pages, self.block_tables, self.context_lens, self.new_lens,
                             layer=layer, scale=D**-0.5, implementation=self.attention)
@@ -73,6 +74,29 @@ class PagedKVCache:
     def advance(self, T: int):
         """After the last layer: each row holds its new_lens (at most T) tokens more."""
         return dataclasses.replace(self, context_lens=self.context_lens + jnp.minimum(self.new_lens, T))
+
+
+def pool_shape(config, num_pages: int, page_size: int, attention: str) -> tuple[int, ...]:
+    """(L, N, H, P, D). A TPU lays the last axis out in lanes of 128, so there `128 // D` heads lie side by side in one:
+    narrower rows would be stored padded, or be copied, the whole pool, at each call of the kernel."""
+    H, D = config.n_head, config.n_embd // config.n_head
+    if attention == "mosaic_tpu":
+        side_by_side = max(1, 128 // D)
+        H, D = pl.cdiv(H, side_by_side), pl.cdiv(side_by_side * D, 128) * 128
+    return config.n_layer, num_pages, H, page_size, D
+
+
+def pack(x, pages):
+    """x (..., H, D) as tokens of the pool `pages`: (..., H, D) of its shape and dtype."""
+    *lead, H, D = x.shape
+    _, _, pool_H, _, pool_D = pages.shape
+    g = pl.cdiv(H, pool_H)  # heads side by side
+    if pool_H * g > H:
+        x = jnp.concatenate([x, jnp.zeros((*lead, pool_H * g - H, D), x.dtype)], axis=-2)
+    x = x.reshape(*lead, pool_H, g * D)
+    if pool_D > g * D:
+        x = jnp.concatenate([x, jnp.zeros((*lead, pool_H, pool_D - g * D), x.dtype)], axis=-1)
+    return to_dtype(x, pages.dtype)
 
 
 def to_dtype(x, dtype):
@@ -85,18 +109,14 @@ def to_float32(x):
     return (jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x).astype(jnp.float32)
 
 
-def page_bytes(config, page_size: int, dtype) -> int:
-    """Bytes of one page: keys and values of `page_size` tokens in every layer."""
-    return 2 * config.n_layer * page_size * config.n_embd * jnp.dtype(dtype).itemsize
-
-
-def num_pages_for(config, page_size: int, dtype, budget: int) -> int:
-    """How many pages (the null page counted) a pool of `budget` bytes holds."""
-    each = page_bytes(config, page_size, dtype)
-    if budget < 2 * each:
-        raise ValueError(f"a KV cache of {budget} bytes holds {budget // each} pages of {each} bytes, and at least 2 are "
+def num_pages_for(config, page_size: int, dtype, budget: int, attention: str | None = None) -> int:
+    """How many pages (the null page counted) of keys and values in every layer fit into `budget` bytes."""
+    shape = pool_shape(config, 1, page_size, attention or default_implementation())
+    page = 2 * math.prod(shape) * jnp.dtype(dtype).itemsize
+    if budget < 2 * page:
+        raise ValueError(f"a KV cache of {budget} bytes holds {budget // page} pages of {page} bytes, and at least 2 are "
                          "needed (one is the null page): give it more memory or a smaller page")
-    return budget // each
+    return budget // page
 
 
 def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *, layer, scale, implementation):
@@ -110,7 +130,10 @@ def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *
                                            jnp.asarray(layer, jnp.int32), scale)
 
 
-dot = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+def dot(subscripts, a, b):
+    """einsum with float32 sums, whose float32 inputs are not rounded on the way to a tensor core or an MXU."""
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def visible(T, context_lens, new_lens):
@@ -275,18 +298,19 @@ def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, sca
 
 # --- TPU: Pallas, Mosaic ----------------------------------------------------------------------------------------------
 def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,), (B,) int32, prefetched into SMEM
-               q_ref,         # (1, H, R, D) R query tokens of one row, in VMEM
+               q_ref,         # (1, H, R, D) R queries of one row of the batch, in VMEM; query r is token r // g
                k_hbm, v_hbm,  # (L, N, H, P, D) the pools, left in HBM
                y_ref,         # (1, H, R, D) float32
                k_buf, v_buf,  # (2, H, S, D) VMEM: one half is filled while the other is read
                sems,          # (2, 2) DMA semaphores: keys or values, half
-               *, scale: float):
-    """One program for one row and R query tokens, all heads. Pages are copied S positions ahead of their use."""
+               *, g: int, scale: float):
+    """One program for one row and R queries, all heads. Pages are copied S positions ahead of their use."""
     b = pl.program_id(0)
     _, H, R, D = q_ref.shape
     S, P = k_buf.shape[2], k_hbm.shape[3]
     first, context, new = pl.program_id(1) * R, context_ref[b], new_ref[b]
-    stop = jnp.where(first < new, context + jnp.minimum(first + R, new), 0)
+    token = partial(jax.lax.div, y=jnp.int32(g))  # of a query; `//` would not lower without the device
+    stop = jnp.where(token(first) < new, context + jnp.minimum(token(first + R - 1) + 1, new), 0)
     steps = pl.cdiv(stop, S)
     dtype = jnp.promote_types(q_ref.dtype, k_buf.dtype)
 
@@ -305,7 +329,7 @@ def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,
     def step(i, state):
         pl.when(i + 1 < steps)(lambda: copies(i + 1, lambda copy: copy.start()))
         copies(i, lambda copy: copy.wait())
-        t = first + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1)
+        t = token(first + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1))
         pos = i * S + jax.lax.broadcasted_iota(jnp.int32, (1, 1, S), 2)
         seen = (pos <= context + t) & (t < new)  # (1, R, S)
         written = i * S + jax.lax.broadcasted_iota(jnp.int32, (1, S, 1), 1) < stop
@@ -323,22 +347,28 @@ def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,
 
 
 def mosaic_tpu(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
-    """One kernel for any T. Query tokens are padded to the 16 rows of a bfloat16 register."""
+    """One kernel for any T. Where g heads lie side by side in the pool, so do g queries, one per head and zero beside
+    it: the MXU, 128 deep, multiplies by the zeros in the time it would have idled."""
     B, T, H, D = q.shape
-    P, dtype = k_pages.shape[3], k_pages.dtype
-    R = min(128, pl.cdiv(T, 16) * 16)  # query tokens per program
-    S = max(1, 128 // P) * P           # positions per step
-    q = jnp.pad(q.swapaxes(1, 2), ((0, 0), (0, 0), (0, -T % R), (0, 0)))  # (B, H, T, D)
-    tokens = pl.BlockSpec((1, H, R, D), lambda b, i, *_: (b, 0, i, 0))
+    _, _, pool_H, P, pool_D = k_pages.shape
+    g = pl.cdiv(H, pool_H)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pool_H * g - H), (0, 0))).reshape(B, T, pool_H, g, 1, D)
+    q = q * jnp.eye(g, dtype=q.dtype)[..., None]  # (B, T, H / g, g, g, D)
+    q = q.reshape(B, T, pool_H, g, g * D).swapaxes(1, 2).reshape(B, pool_H, T * g, g * D)
+    R = min(128, pl.cdiv(T * g, 16) * 16)  # queries per program, a multiple of the rows of a bfloat16 register
+    S = max(1, 128 // P) * P               # positions per step
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -T * g % R), (0, pool_D - g * D)))
+    queries = pl.BlockSpec((1, pool_H, R, pool_D), lambda b, i, *_: (b, 0, i, 0))
     pool = pl.BlockSpec(memory_space=pl.ANY)
+    buffer = pltpu.VMEM((2, pool_H, S, pool_D), k_pages.dtype)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4, grid=(B, q.shape[2] // R), in_specs=[tokens, pool, pool], out_specs=tokens,
-        scratch_shapes=[pltpu.VMEM((2, H, S, D), dtype), pltpu.VMEM((2, H, S, D), dtype),
-                        pltpu.SemaphoreType.DMA((2, 2))])
-    y = pl.pallas_call(partial(tpu_kernel, scale=scale), grid_spec=grid, interpret=interpret,
+        num_scalar_prefetch=4, grid=(B, q.shape[2] // R), in_specs=[queries, pool, pool], out_specs=queries,
+        scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2, 2))])
+    y = pl.pallas_call(partial(tpu_kernel, g=g, scale=scale), grid_spec=grid, interpret=interpret,
                        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32))(
         layer.reshape(1), block_tables, context_lens, new_lens, q, k_pages, v_pages)
-    return y[:, :, :T].swapaxes(1, 2)
+    y = y[:, :, :T * g, :g * D].reshape(B, pool_H, T, g, g, D)
+    return jnp.einsum("bhtggd->bthgd", y).reshape(B, T, pool_H * g, D)[:, :, :H]
 
 
 IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic_tpu": mosaic_tpu}
