@@ -1,0 +1,291 @@
+"""Score a model with lm-evaluation-harness: python eval_harness.py --out_dir=DIR | --init_from=gpt2 --tasks=hellaswag
+
+The harness asks for the probability of continuations of contexts. Here all requests are sorted as token sequences and
+packed into rows that are tries: a beginning that several requests share (the context of four endings, the examples of
+a few-shot task) is computed once, and the model sees the trie as a cache of an unusual kind (Trie, below).
+"""
+
+import config as configs
+
+if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
+    CONFIG = configs.parse(configs.EvalConfig)
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import lm_eval
+import numpy as np
+from flax import nnx
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+from tqdm import tqdm
+
+from config import EvalConfig, require
+from model import einsum
+from utils import open_model, write_atomically
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trie:
+    """Takes a cache's place in GPT.hidden for rows that hold tries in depth-first order, and keeps nothing."""
+
+    positions_: jax.Array  # (B, T) int32 depth of each token
+    visible: jax.Array     # (B, T, T) bool: may token t look at token s, that is: is s on its path from the root
+    dtype: str = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def create(cls, depth: jax.Array, end: jax.Array, dtype: str) -> "Trie":
+        """depth, end (B, T) int32: the tokens that continue token s are those from s + 1 to end[s] - 1."""
+        t = jnp.arange(depth.shape[1])[:, None]
+        return cls(depth, (t >= t.T) & (t < end[:, None, :]), dtype)
+
+    def positions(self, T: int) -> jax.Array:
+        return self.positions_
+
+    def attend(self, layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, "Trie"]:
+        """Each token attends to its path. q, k, v (B, T, H, D); returns (B, T, H, D) float32."""
+        q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # (B, H, T, D)
+        scores = jnp.where(self.visible[:, None], einsum("bhtd,bhsd->bhts", q, k, self.dtype), -jnp.inf)
+        return einsum("bhts,bhsd->bhtd", jax.nn.softmax(scores), v, self.dtype).swapaxes(1, 2), self
+
+    def advance(self, T: int) -> "Trie":
+        return self
+
+
+class Row:
+    """A row of T tokens that is being packed: what it holds and what is to be scored in it."""
+
+    def __init__(self, T: int):
+        self.T = T
+        self.tokens, self.depth, self.end = [], [], []
+        self.path = []    # indices in the row of the tokens of the last sequence
+        self.scored = []  # (request, index in the row, the token that shall follow there)
+
+    def add(self, request: int, sequence: list[int], targets: list[int]) -> bool:
+        """Add a sequence and score the targets that follow its last tokens; False, and no change, if it does not fit."""
+        shared = 0
+        while shared < min(len(self.path), len(sequence)) and self.tokens[self.path[shared]] == sequence[shared]:
+            shared += 1
+        if max(len(self.tokens) + len(sequence) - shared, len(self.scored) + len(targets)) > self.T:
+            return False
+        self.close(shared)
+        for depth, token in enumerate(sequence[shared:], shared):
+            self.path.append(len(self.tokens))
+            self.tokens.append(token)
+            self.depth.append(depth)
+            self.end.append(None)
+        self.scored += [(request, at, target) for at, target in zip(self.path[-len(targets):], targets)]
+        return True
+
+    def close(self, depth: int = 0) -> None:
+        """No more tokens will continue those of the path below depth."""
+        for at in self.path[depth:]:
+            self.end[at] = len(self.tokens)
+        del self.path[depth:]
+
+
+def pack(sequences: list[list[int]], targets: list[list[int]], T: int) -> list[Row]:
+    """Rows of T tokens with all sequences. Neighbours in sorted order share the most."""
+    rows = [Row(T)]
+    for i in sorted(range(len(sequences)), key=sequences.__getitem__):
+        if not rows[-1].add(i, sequences[i], targets[i]):
+            rows[-1].close()
+            rows.append(Row(T))
+            fits = rows[-1].add(i, sequences[i], targets[i])
+            assert fits, f"{len(sequences[i])} tokens do not fit a row of {T}"
+    rows[-1].close()
+    return rows
+
+
+def arrays(rows: list[Row], B: int) -> tuple[np.ndarray, ...]:
+    """rows, filled up to B, as tokens, depth, end (B, T) int32 and, B T long, where and what to score. What fills up a
+    row sees only itself."""
+    T = rows[0].T
+    tokens, depth = np.zeros((2, B, T), np.int32)
+    end = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+    at, targets = np.zeros((2, B * T), np.int32)
+    for b, row in enumerate(rows):
+        n = len(row.tokens)
+        tokens[b, :n], depth[b, :n], end[b, :n] = row.tokens, row.depth, row.end
+    scored = [(b * T + index, target) for b, row in enumerate(rows) for _, index, target in row.scored]
+    at[:len(scored)], targets[:len(scored)] = zip(*scored)
+    return tokens, depth, end, at, targets
+
+
+@partial(jax.jit, static_argnums=0)
+def score(graphdef, params, tokens, depth, end, at, targets, count):
+    """Log-probability (float32) and whether it is the likeliest, of each of `count` targets.
+
+    tokens, depth, end (B, T): tries. at, targets (B T,): indices into the B T tokens, and the tokens that follow there.
+    The head is computed for an eighth of B T places at a time, and only for those that are scored."""
+    model = nnx.merge(graphdef, params)
+    x, _ = model.hidden(tokens, Trie.create(depth, end, model.config.dtype))
+    x = x.reshape(-1, x.shape[-1])  # (B T, C)
+    chunk = at.size // 8
+
+    def score_chunk(i, out):
+        part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk)
+        logits = model.logits(x[part(at)][None])[0]  # (chunk, V)
+        target = jnp.take_along_axis(logits, part(targets)[:, None], axis=1)[:, 0]
+        new = target - jax.nn.logsumexp(logits, axis=1), logits.argmax(1) == part(targets)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, 0) for a, b in zip(out, new))
+
+    empty = jnp.zeros(at.size), jnp.zeros(at.size, bool)
+    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, score_chunk, empty)
+
+
+@register_model("jax-nanogpt")
+class JAXNanoGPT(TemplateLM):
+    """A GPT as lm-evaluation-harness drives it, also by name: simple_evaluate(model="jax-nanogpt", model_args="...")."""
+
+    def __init__(self, out_dir: str | None = None, init_from: str | None = None, dtype: str = "float32",
+                 batch_size: int | str = "auto"):
+        super().__init__()
+        config = EvalConfig(out_dir=out_dir, init_from=init_from, dtype=dtype, batch_size=batch_size)
+        model, self.text, self.name = open_model(config)
+        self.model = model.for_inference()
+        self.max_length = model.config.block_size
+        self.batch_size = config.batch_size
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the end of the text before or, if there is no such token, a newline."""
+        return self.tok_encode("\n")[0] if self.eot_token_id is None else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.text.encode(string)  # GPT-2 adds no special tokens
+
+    def rows(self, T: int) -> int:
+        """How many rows of T tokens to compute at a time. auto: as many tokens as keep the device busy."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        return max(1, (1024 if jax.default_backend() == "cpu" else 16384) // T)
+
+    def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+                              disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding would give it) of each continuation; requests: (cache key, context,
+        continuation). As lm-eval does: too long a context loses its beginning, the last token is only a target."""
+        L = self.max_length
+        for _, context, continuation in requests:
+            require(0 < len(continuation) <= L and len(context) > 0, f"a context of {len(context)} tokens and a continuation "
+                    f"of {len(continuation)} cannot be scored with block_size={L}")
+        sequences = [(context + continuation)[-L - 1:-1] for _, context, continuation in requests]
+        graphdef, params = nnx.split(self.model)
+        logprob, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+        bar = tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm)
+        sizes = sorted({min(L, 512 << i) for i in range(20)})
+        for low, T in zip([0] + sizes, sizes):
+            chosen = [i for i, s in enumerate(sequences) if low < len(s) <= T]
+            rows = pack([sequences[i] for i in chosen], [requests[i][2] for i in chosen], T) if chosen else []
+            B = min(self.rows(T), len(rows))
+            for start in range(0, len(rows), B or 1):
+                batch = rows[start:start + B]
+                owners = np.array([chosen[i] for row in batch for i, _, _ in row.scored])
+                got = score(graphdef, params, *arrays(batch, B), len(owners))
+                new, likeliest = (np.asarray(a)[:len(owners)] for a in got)
+                np.add.at(logprob, owners, new.astype(np.float64))
+                np.logical_and.at(greedy, owners, likeliest)
+                bar.update(len(set(owners)))
+        bar.close()
+        answers = [(float(p), bool(g)) for p, g in zip(logprob, greedy)]
+        for (key, _, _), answer in zip(requests, answers):
+            if key is not None:  # parts of a rolling request have none
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in lm-eval's windows: each token once, with as much context as fits."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            pairs = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)
+            new = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows, owners = windows + new, owners + [i] * len(new)
+        totals = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
+            totals[i] += logprob
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Text generated after each context up to the first of its stop strings, which is left out."""
+        results, B = [], 8 if self.batch_size == "auto" else self.batch_size
+        by_length = lambda args: (-len(self.tok_encode(args[0])), args[0])
+        order = Collator([request.args for request in requests], by_length, group_by="gen_kwargs", group_fn=lambda args: args[1])
+        bar = tqdm(total=len(requests), desc="generate", disable=disable_tqdm)
+        for chunk in order.get_batched(n=B):
+            contexts, gen_kwargs = [context for context, _ in chunk], chunk[0][1]
+            texts = self.generate(contexts, normalize_gen_kwargs(gen_kwargs, 256), seed=len(results))
+            for context, text in zip(contexts, texts):
+                self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
+            results += texts
+            bar.update(len(texts))
+        bar.close()
+        return order.get_original(results)
+
+    def generate(self, contexts: list[str], kwargs: dict, seed: int) -> list[str]:
+        """One batch of generate_until; kwargs as normalize_gen_kwargs makes them."""
+        kwargs = dict(kwargs)
+        n, eos = kwargs.pop("max_gen_toks"), self.eot_token_id
+        stops = handle_stop_sequences(kwargs.pop("until"), None if eos is None else self.text.decode([eos]))
+        how = {"temperature": kwargs.pop("temperature", 1.0) if kwargs.pop("do_sample") else 0.0,
+               "top_k": kwargs.pop("top_k", 50), "top_p": kwargs.pop("top_p", 1.0)}  # transformers' defaults
+        require(not kwargs, f"not implemented among the generation_kwargs: {kwargs}")
+        require(n < self.max_length, f"max_gen_toks={n} leaves no room for a context in block_size={self.max_length}")
+        prompts = [self.tok_encode(c)[n - self.max_length:] or [self.prefix_token_id] for c in contexts]
+        new = [[] for _ in prompts]
+        for burst in self.model.stream(prompts, n, **how, seed=seed, stop_token=eos):
+            new = [a + b for a, b in zip(new, burst)]
+            texts = [self.text.decode(tokens) for tokens in new]
+            if all(any(stop in text for stop in stops) for text in texts):
+                break
+        return [postprocess_generated_text(text, stops, None) for text in texts]
+
+
+def load_tasks(names: list[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's tasks and those in include_path. Raises ValueError unless the data of all that are named is at hand."""
+    require(include_path is None or include_path.is_dir(), f"include_path={include_path} is no directory")
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        require(name in manager.all_tasks, f"there is no task {name!r}: `lm_eval ls tasks` lists those of lm-eval, "
+                "--include_path=DIR adds the YAML files of a directory")
+        try:
+            manager.load([name])
+        except OSError as e:  # no network, or no such file or data set
+            raise ValueError(f"cannot get the data of task {name}: {e}. To use a local file, copy the task's YAML, give it "
+                             "`dataset_path: json` and `dataset_kwargs: {data_files: {validation: FILE.jsonl}}`, and pass "
+                             "its directory as --include_path") from e
+    return manager
+
+
+def main(config: EvalConfig) -> None:
+    names = config.tasks.split(",")
+    manager = load_tasks(names, config.include_path)
+    lm = JAXNanoGPT(config.out_dir, config.init_from, config.dtype, config.batch_size)
+    results = lm_eval.simple_evaluate(lm, tasks=names, num_fewshot=config.num_fewshot, limit=config.limit,
+                                      task_manager=manager, batch_size=config.batch_size)
+    if config.output_path:
+        results["config"]["model_args"] = dataclasses.asdict(config)
+        config.output_path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.output_path, json.dumps(results, indent=2, default=handle_non_serializable))
+    print(f"{lm.name}, {config.dtype}")
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+
+
+if __name__ == "__main__":
+    with configs.user_errors():
+        main(CONFIG)
