@@ -331,6 +331,16 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Make a Hugging Face directory of a trained model: python export.py --out_dir=DIR --to=HF_DIR"""
+
+    to: Path
+    """the directory to write: transformers, vLLM and llama.cpp's converter load it as it is; must not exist"""
+    out_dir: Path = Path("out")
+    """a directory that train.py wrote: its best checkpoint is used"""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Score a model with lm-evaluation-harness: python eval_harness.py --out_dir=DIR | --init_from=gpt2... --tasks=hellaswag"""
 

@@ -1,0 +1,23 @@
+"""Make a Hugging Face directory of a trained model: python export.py --out_dir=DIR --to=HF_DIR"""
+
+import config as configs
+
+if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
+    CONFIG = configs.parse(configs.ExportConfig)
+
+from config import ExportConfig
+from utils import load_model
+
+
+def main(config: ExportConfig) -> None:
+    """Write config.to; says which checkpoint went into it."""
+    model, tokenizer, step = load_model(config.out_dir)
+    model.save_pretrained(config.to, tokenizer)
+    print(f"step {step} of {config.out_dir} is in {config.to}: transformers.AutoModelForCausalLM.from_pretrained loads it")
+    if not model.config.bias:
+        print("it was trained without biases; there they are zeros, because Hugging Face's GPT-2 always has them")
+
+
+if __name__ == "__main__":
+    with configs.user_errors():
+        main(CONFIG)
