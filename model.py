@@ -192,15 +192,22 @@ class KVCache:
         return dataclasses.replace(self, length=self.length + T)
 
 
+class OneDevice:
+    """How a GPT is spread over devices: not at all. Another layout has the same attributes (utils.Layout)."""
+
+    shards = 1, 1  # into how many parts the rows and the positions of a batch are cut
+    scan = staticmethod(jax.lax.scan)  # iterates the blocks
+
+
 class GPT(nnx.Module):
     """GPT-2 (Radford et al. 2019): token and position embeddings, L blocks, LayerNorm, a head tied to the token embedding.
 
     The blocks are one Block whose every parameter has a leading layer axis; the forward pass scans over it, so compile time does
-    not depend on n_layer. `for_inference` unstacks them. `scan` has jax.lax.scan's signature: a mesh passes its own."""
+    not depend on n_layer. `for_inference` unstacks them."""
 
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs, scan: Callable = jax.lax.scan):
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs, layout=OneDevice()):
         self.config = config
-        self.scan = scan
+        self.layout = layout
         self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, rngs=rngs)
         self.wpe = nnx.Embed(config.block_size, config.n_embd, rngs=rngs)
         self.h = nnx.vmap(lambda _: Block(config), out_axes=0)(jnp.arange(config.n_layer))
@@ -262,12 +269,14 @@ class GPT(nnx.Module):
 
         if self.config.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
-        (x, cache, _), _ = self.scan(layer, (x, cache, keys), (weights, jnp.arange(L)), unroll=min(L, self.config.scan_unroll))
+        xs = (weights, jnp.arange(L))
+        (x, cache, _), _ = self.layout.scan(layer, (x, cache, keys), xs, unroll=min(L, self.config.scan_unroll))
         return x, cache
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """(B, T, C) -> (B, T, V) float32; the padding of the vocabulary is -inf, so it has no probability anywhere."""
-        logits = einsum("btc,vc->btv", x, self.wte.embedding[...], self.config.dtype)
+    def logits(self, x: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """(B, T, C) -> (B, T, V) float32; the padding of the vocabulary is -inf, so it has no probability anywhere.
+        head (V, C): instead of the token embedding."""
+        logits = einsum("btc,vc->btv", x, self.wte.embedding[...] if head is None else head, self.config.dtype)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         return jnp.where(jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size, logits, -jnp.inf)
@@ -280,17 +289,27 @@ class GPT(nnx.Module):
         (B, T, V) in float32 is never held."""
         x, _ = self.hidden(tokens, dropout_key=dropout_key)
 
-        def chunk_loss(x, targets):
-            losses = optax.softmax_cross_entropy_with_integer_labels(self.logits(x), targets)
+        def chunk_loss(x, targets, head=None):
+            losses = optax.softmax_cross_entropy_with_integer_labels(self.logits(x, head), targets)
             return jnp.where(targets >= 0, losses, 0).sum()
 
         count = jnp.maximum((targets >= 0).sum(), 1)
         if chunks == 1:
             return chunk_loss(x, targets) / count
-        # Every chunks-th position makes a chunk, so that each has its part of every shard of T.
-        split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, chunks, *a.shape[2:]), 2, 0)  # (chunks, B, T / chunks, ...)
-        losses = jax.lax.map(lambda xt: jax.checkpoint(chunk_loss, prevent_cse=False)(*xt), (split(x), split(targets)))
-        return losses.sum() / count
+        # One head per shard of the batch, each where its shard is: the chunks add up its gradient there, and what goes through
+        # the network is the sum over chunks. Every chunks-th position makes a chunk, so that each has its part of every shard.
+        (R, K), (B, T) = self.layout.shards, tokens.shape
+        heads = jnp.broadcast_to(self.wte.embedding[...], (R * K, *self.wte.embedding.shape))
+
+        def split(a):  # (B, T, ...) -> (chunks, R K, B / R, T / K / chunks, ...)
+            a = a.reshape(R, B // R, K, T // K // chunks, chunks, *a.shape[2:])
+            return jnp.moveaxis(a, (4, 2), (0, 2)).reshape(chunks, R * K, B // R, T // K // chunks, *a.shape[5:])
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def loss_of_chunk(x_targets):
+            return jax.vmap(chunk_loss)(*x_targets, heads).sum()
+
+        return jax.lax.map(loss_of_chunk, (split(x), split(targets))).sum() / count
 
     def for_inference(self, dtype: str | None = None) -> "GPT":
         """A copy to generate with: matmul weights rounded to dtype (default: config.dtype) once instead of at every step, and
@@ -391,9 +410,9 @@ def window_start(n: int, block_size: int) -> int:
     return max(0, round_up(n - block_size, step))
 
 
-def gpt_graphdef(config: GPTConfig, scan: Callable = jax.lax.scan) -> nnx.GraphDef:
+def gpt_graphdef(config: GPTConfig, layout=OneDevice()) -> nnx.GraphDef:
     """The static half of a GPT: nnx.merge(gpt_graphdef(config), params) is the model. Allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), scan=scan)))[0]
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), layout=layout)))[0]
 
 
 class Sampling(NamedTuple):

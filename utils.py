@@ -163,14 +163,19 @@ def gather(mesh: Mesh, weights: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardedScan:
-    """jax.lax.scan over the blocks, for GPT: tells XLA how rows and weights lie on `mesh`, and is a pipeline along "layers".
-
-    Without these hints XLA lets the activations follow the weights, and sends those through the network instead."""
+class Layout:
+    """How a GPT in training is spread over `mesh`: what model.OneDevice is for one device."""
 
     mesh: Mesh
 
-    def __call__(self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1) -> tuple[tuple, None]:
+    @property
+    def shards(self) -> tuple[int, int]:
+        return math.prod(self.mesh.shape[axis] for axis in ROWS), self.mesh.shape["context"]
+
+    def scan(self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1) -> tuple[tuple, None]:
+        """jax.lax.scan over the blocks; tells XLA how rows and weights lie on the mesh, and is a pipeline along "layers".
+
+        Without these hints XLA lets the activations follow the weights and sends those through the network instead."""
         (x, cache, keys), mesh = carry, self.mesh
         assert cache is None, "there is no cache in training"
 
@@ -185,7 +190,7 @@ class ShardedScan:
             x, _ = jax.lax.scan(lambda x, weights_and_index: (layer(x, keys, weights_and_index), None), x, layers, unroll=unroll)
         else:
             # Up to four micro-batches a stage: then stages idle for less than a fifth of the time.
-            micro_batches = S * largest_divisor(len(x) // math.prod(mesh.shape[axis] for axis in ROWS), 4)
+            micro_batches = S * largest_divisor(len(x) // self.shards[0], 4)
             x = pipeline(layer, x, keys, layers, mesh=mesh, axis="layers", micro_batches=micro_batches, unroll=unroll)
         return (x, cache, keys), None
 
@@ -249,7 +254,7 @@ class TrainState:
 def initial_state(config: TrainConfig, mesh: Mesh, params: Params | None) -> TrainState:
     tx = create_optimizer(config)
     params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
-    graphdef = gpt_graphdef(config.model, ShardedScan(mesh))
+    graphdef = gpt_graphdef(config.model, Layout(mesh))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), graphdef, tx, mesh)
     return state.lay_out(state)
 
