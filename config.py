@@ -425,9 +425,48 @@ class BenchCompileConfig:
     """turns of each; medians count"""
 
 
+@dataclass(frozen=True)
+class BenchServeConfig:
+    """Latency and throughput of a running server under open-loop load, and what HTTP costs over the engine alone."""
+
+    url: str = "http://127.0.0.1:8000"
+    """of the server; its API key, if it has one, is read from NANOGPT_API_KEY"""
+    rates: tuple[float, ...] = (1, 2, 4, 8)
+    """requests per second, separated by spaces; they arrive as a Poisson process, whatever the server does; inf: all at once"""
+    requests: int = 64
+    """requests at each rate; prompts and outputs have random lengths"""
+    prompt_tokens: tuple[int, int] = (16, 128)
+    """fewest and most tokens of a prompt"""
+    output_tokens: tuple[int, int] = (16, 128)
+    """fewest and most tokens of an output"""
+    ttft_limit: float = 1.0
+    """seconds to the first token, and"""
+    tpot_limit: float = 0.1
+    """seconds per token after it, that a good request takes at most; goodput counts those"""
+    seed: int = 1337
+    """of the lengths, the tokens and the arrivals"""
+    plot: Path = Path("serve.png")
+    """latency against load is drawn here"""
+    out_dir: Path | None = None
+    """the model that the server serves, or"""
+    init_from: str | None = None
+    """its name or directory: to run the same requests, all at once, on an engine without HTTP, in turns with the server"""
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = EngineConfig()
+    rounds: int = 3
+    """turns of server and engine; medians count"""
+
+    def __post_init__(self):
+        require(self.rates and min(self.rates) > 0, "rates must be positive")
+        require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
+        for name in ("prompt_tokens", "output_tokens"):
+            low, high = getattr(self, name)
+            require(1 <= low <= high, f"{name}={low} {high}: the first must be at least 1, the second no less than it")
+
+
 BENCHES = {
     "train": (BenchTrainConfig, {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
     "compile": (BenchCompileConfig, {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
+    "serve": (BenchServeConfig, None),
 }
 
 

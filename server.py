@@ -20,6 +20,7 @@ import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -662,6 +663,7 @@ def main(config: ServeConfig) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    sys.setswitchinterval(5e-4)  # seconds; by default the event loop waits 5 ms for a busy engine thread to give way
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY"))
     model, tokenizer = load(config)
     listener = socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)

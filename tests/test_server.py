@@ -5,6 +5,7 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ import pytest
 import requests
 from flax import nnx
 
-from config import EngineConfig, GPTConfig, ServeConfig
+import bench
+from config import BenchServeConfig, EngineConfig, GPTConfig, ServeConfig
 from engine import Engine
 from model import GPT
 from scheduler import SamplingParams
@@ -507,6 +509,19 @@ def test_sigterm_under_load(model, tmp_path):
         assert not any("hidden-key" in line or "Traceback" in line for line in lines)
     finally:
         process.kill()
+
+
+def test_bench_serve(server, tmp_path):
+    """Catches: tokens that are not counted or counted twice, a report that is no JSON, arrivals that wait for answers."""
+    config = BenchServeConfig(url=server.url, rates=(10.0, math.inf), requests=12, prompt_tokens=(4, 20), output_tokens=(3, 12), plot=tmp_path / "p.png")
+    tokens = sum(body["max_tokens"] for body in bench.serve_requests(config))
+    report = json.loads(json.dumps(bench.bench_serve(config)))
+    for rate in report["rates"]:
+        assert rate["completed"] == 12 and rate["refused"] == 0
+        assert rate["tokens_per_s"] / rate["requests_per_s"] == pytest.approx(tokens / 12, rel=0.05)
+        assert 0 < rate["itl_ms"]["median"] <= rate["itl_ms"]["p99"] and rate["ttft_ms"]["mean"] > 0
+    assert report["rates"][1]["requests_per_s"] > report["rates"][0]["requests_per_s"]
+    assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_openai_client(server):
