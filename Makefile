@@ -1,4 +1,4 @@
-# make demo: from nothing but Python >= 3.11 to a trained model and its text. make test: the whole suite.
+# make demo: from nothing but Python >= 3.11 to a trained model and its text; make serve puts it on a port. make test: the whole suite.
 PYTHON ?= python3
 DEMO = out-pystdlib-char
 
@@ -6,6 +6,10 @@ demo: .venv/installed
 	test -f data/pystdlib_char/meta.json || .venv/bin/python prepare.py pystdlib_char
 	.venv/bin/python train.py pystdlib_char --init_from=resume
 	.venv/bin/python sample.py --out_dir=$(DEMO) --start="def " --num_samples=1 --max_new_tokens=600
+
+# The demo's model on http://127.0.0.1:8000, with a page to try it on.
+serve: .venv/installed
+	.venv/bin/python server.py --out_dir=$(DEMO) --kv_blocks=512
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q
@@ -20,4 +24,4 @@ test: .venv/installed
 clean:
 	rm -rf .venv out-* data/*/
 
-.PHONY: demo test clean
+.PHONY: demo serve test clean

@@ -615,11 +615,13 @@ class Server(uvicorn.Server):
         self.drain_timeout = config.drain_timeout
 
     async def serve(self, sockets: list[socket.socket]) -> None:
-        """Returns after drain. Raises what the engine died of."""
+        """Returns after drain. Raises RuntimeError if the engine died; why it could not start, if it never was warm."""
         self.worker.start()
         await super().serve(sockets)
         self.worker.stop()
         await asyncio.to_thread(self.worker.join, 10)
+        if self.worker.error and self.worker.stats:
+            raise RuntimeError("the engine has died") from self.worker.error
         if self.worker.error:
             raise self.worker.error
 

@@ -23,6 +23,7 @@ import requests
 from flax import nnx
 
 import bench
+import soak
 from config import BenchServeConfig, EngineConfig, GPTConfig, ServeConfig
 from engine import Engine
 from model import GPT
@@ -446,7 +447,7 @@ def test_engine_that_dies(model):
         assert status == 500 or (status == 200 and "[DONE]" not in text)
         assert '"server_error"' in text and "no more pages" not in text
     running.thread.join(DEADLINE)
-    assert isinstance(running.error, MemoryError)
+    assert isinstance(running.error, RuntimeError) and isinstance(running.error.__cause__, MemoryError)
 
 
 def test_health_when_a_step_hangs(model):
@@ -509,6 +510,15 @@ def test_sigterm_under_load(model, tmp_path):
         assert not any("hidden-key" in line or "Traceback" in line for line in lines)
     finally:
         process.kill()
+
+
+def test_mixed_load(server):
+    """Catches: a 5xx, a stream that breaks off, pages that leak, when all kinds of clients come at once. soak.py does it for longer."""
+    report = soak.soak(server.url, 3, lambda: 0, clients=12, looks=1)
+    assert not report["failed"] and report["answers"]["200"] and report["answers"].keys() <= {"200", "400", "429", "leave", "stuck", "tokens"}
+    server.until(lambda: not server.server.worker.open, "ended")
+    server.server.worker.engine.blocks.check()
+    assert not server.server.worker.jobs and server.server.worker.queued == 0
 
 
 def test_bench_serve(server, tmp_path):
