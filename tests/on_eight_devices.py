@@ -1,0 +1,145 @@
+"""Sharded equals unsharded, on 8 simulated CPU devices: tests/test_mesh.py runs this file in a process of its own.
+
+What a layout computes is compared with one device over 5 updates in float32, parameters by 1e-5; tests/mesh_table.py has all layouts."""
+
+import dataclasses
+import math
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import utils
+from dry_run import collective_ops
+from mesh_table import EVERYTHING, PLAIN, batches, compiled_step, configure, difference, mesh_of, on_one_device, train_on
+from model import dropout
+from pipeline import pipeline
+from train import eval_step
+from utils import Checkpoints, TrainState, make_mesh, put_batch, training_mesh
+
+CASES = {"data:8": EVERYTHING, "fsdp:8": PLAIN, "tensor:4": PLAIN, "layers:4": EVERYTHING, "context:4": EVERYTHING,
+         "data:2,fsdp:2,tensor:2": PLAIN, "fsdp:2,layers:2,context:2": EVERYTHING}
+
+@lru_cache(maxsize=None)
+def result(layout):
+    return train_on(layout, configure(**CASES[layout]))
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_equals_one_device(layout):
+    """Catches a sum that stays on its shard or is taken twice, a mean of means, rows or positions permuted, weights cut in one place
+    and joined in another, micro-batches lost in the pipeline, dropout that depends on where a row is."""
+    got, want = result(layout), on_one_device(configure(**CASES[layout]))
+    assert got.losses[0] != got.losses[-1] and np.isfinite(got.losses).all()
+    d = difference(got, want)
+    assert d.loss < 1e-5 and d.grad_norm < 1e-5 and d.params < 1e-5, d
+
+
+@pytest.mark.parametrize("layout, n", [("fsdp:8", 8), ("tensor:4", 4), ("layers:4", 4), ("data:8", 1)])
+def test_state_is_divided(layout, n):
+    """Catches a weight or a moment that is whole on every device, after the updates too. LayerNorm and biases may be: 2 % of this
+    tiny model, which leaves 1 / 6.7 of the state where there are 8 devices."""
+    whole = on_one_device(configure(**CASES[layout])).state_bytes
+    assert whole / result(layout).state_bytes > 0.8 * n
+    for path, array in jax.tree_util.tree_flatten_with_path(result(layout).state)[0]:
+        assert array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, utils.partition_spec(path)), array.ndim), path
+
+
+def test_state_is_born_divided():
+    """Catches an initialisation that makes all of the parameters on each device and then throws most of them away."""
+    config = dataclasses.replace(configure(n_embd=256), batch_size=8)
+    shapes = TrainState.shapes(config, mesh_of("fsdp:8"))
+    whole = sum(math.prod(s.shape) * 4 for s in jax.tree.leaves(shapes))
+    memory = utils.initial_state.lower(config, mesh_of("fsdp:8"), None).compile().memory_analysis()
+    assert memory.output_size_in_bytes < whole / 7
+    assert memory.temp_size_in_bytes < whole / 3 / 2, "not even the parameters (a third) are whole anywhere"
+
+
+@pytest.mark.parametrize("layout, kinds", [
+    ("data:8", {"all-reduce"}), ("fsdp:8", {"all-gather", "all-reduce"}), ("tensor:4", {"all-reduce", "all-to-all"}),
+    ("layers:4", {"collective-permute", "all-gather", "reduce-scatter", "all-reduce"}), ("context:4", {"all-gather", "all-reduce"})])
+def test_collectives(layout, kinds):
+    """Catches a layout that computes everything everywhere, activations (B, T, 4C) or the stack [L, ...] sent through the network."""
+    ops = collective_ops(compiled_step(layout, configure(**CASES[layout])).as_text())
+    config = configure()
+    B, T, C, L = config.batch_size, config.model.block_size, config.model.n_embd, config.model.n_layer
+    assert kinds <= {kind for kind, _, _ in ops}
+    for (kind, shapes, size), times in ops.items():
+        assert not (kind == "all-gather" and f"[{L},{C}," in shapes), f"{kind} of a stack: {shapes}"
+        assert size <= 4 * B * T * C or kind == "all-reduce", f"{kind} {shapes}"
+
+
+@pytest.mark.parametrize("stages, micro_batches", [(2, 2), (4, 8)])
+def test_pipeline_is_a_scan(stages, micro_batches):
+    """Catches a micro-batch that is lost, repeated or out of order, a layer that is skipped, a gradient that misses a stage."""
+    mesh = make_mesh(f"layers:{stages},data:{8 // stages}")
+    x, keys = jnp.linspace(-1, 1, 64).reshape(16, 4), jnp.arange(16.0)
+    layers = jnp.linspace(0.5, 1.5, 8)
+    f = lambda x, key, w: jnp.sin(w * x) + key[:, None]
+    plain = lambda x, layers: jax.lax.scan(lambda x, w: (f(x, keys, w), None), x, layers)[0]
+    piped = lambda x, layers: pipeline(f, x, keys, layers, mesh=mesh, axis="layers", micro_batches=micro_batches)
+    loss = lambda run: jax.jit(jax.value_and_grad(lambda x, layers: (run(x, layers) ** 2).sum(), (0, 1)))
+    (a, da), (b, db) = loss(plain)(x, layers), loss(piped)(x, layers)
+    np.testing.assert_allclose(b, a, rtol=1e-6)
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-5, atol=1e-5), db, da)
+
+
+def test_loss_is_the_mean_over_all_targets():
+    """Catches a mean of each shard's mean: here one shard has all of its targets, the others few."""
+    config, mesh = configure(), mesh_of("data:8")
+    (tokens,) = batches(config, 1)[0]
+    tokens = np.where(np.arange(16)[:, None] * 3 < np.arange(33), -1, tokens)
+    tokens[:, 0] = 1
+    one, eight = (float(eval_step(TrainState.create(config, mesh=m), put_batch(m, tokens.shape, lambda rows: tokens[rows]), config))
+                  for m in (mesh_of("data:1"), mesh))
+    assert abs(one - eight) < 1e-6 * one
+
+
+def test_shards_drop_differently():
+    """Catches masks that are drawn per shard from one key."""
+    mesh = mesh_of("data:8")
+    keys = jax.device_put(jax.random.split(jax.random.key(0), 8), NamedSharding(mesh, P("data")))
+    rows = np.asarray(jax.jit(lambda keys: dropout(jnp.ones((8, 64)), 0.5, keys))(keys))
+    assert len({row.tobytes() for row in rows}) == 8
+
+
+@pytest.mark.parametrize("before, after", [("fsdp:8", "data:2,fsdp:2,tensor:2"), ("fsdp:8", "data:1"), ("data:2,fsdp:2,tensor:2", "fsdp:8")])
+def test_a_run_moves_to_another_mesh(before, after, tmp_path):
+    """Catches a restore that needs the mesh that saved, or that cuts otherwise than the new mesh wants."""
+    config = configure()
+    checkpoints = Checkpoints(tmp_path)
+    moved = train_on(before, config, steps=3)
+    checkpoints.save(moved.state)
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    for layout, rtol in ((before, 0), (after, 1e-5)):
+        restored = again.restore(TrainState.shapes(config, mesh_of(layout)))
+        np.testing.assert_allclose(train_on(layout, config, state=restored).losses, result_of(before).losses[3:], rtol=rtol)
+    again.close()
+
+
+def result_of(layout):
+    return result(layout) if layout in CASES else on_one_device(configure())
+
+
+@pytest.mark.parametrize("mesh, change, words", [
+    ("data:3", {}, ["3 devices", "8"]), ("data:2,fsdp:-1,tensor:-1", {}, ["fsdp", "tensor"]), ("rows:8", {}, ["rows:8", "data"]),
+    ("data:8", {"batch_size": 12}, ["batch_size=12", "8"]), ("data:2,tensor:4", {"n_head": 6, "n_embd": 48}, ["n_head=6", "4"]),
+    ("data:2,layers:4", {"n_layer": 6}, ["n_layer=6", "4"]), ("context:8", {"block_size": 36}, ["block_size=36", "8"]),
+    ("tensor:8", {"vocab_multiple": 1, "n_head": 8}, ["vocab_size=250", "8"]), ("fsdp:8", {"n_embd": 36}, ["n_embd=36", "8"]),
+    ("data:4,context:2", {"loss_chunks": 32}, ["loss_chunks", "2"])])
+def test_impossible_meshes_are_refused(mesh, change, words):
+    """Catches a mesh that fails only when arrays are made, deep in XLA; both numbers are in the sentence."""
+    with pytest.raises(ValueError) as error:
+        training_mesh(configure(mesh=mesh, **change))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_rest_and_the_default():
+    """Catches -1 that ignores the other axes, and a default that leaves devices idle or cannot divide the batch."""
+    assert dict(make_mesh("tensor:2,fsdp:-1").shape) == {"data": 1, "layers": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    assert training_mesh(configure()).shape["data"] == 8
+    assert training_mesh(configure(batch_size=12)).shape["data"] == 6
