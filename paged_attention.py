@@ -1,12 +1,12 @@
 """Attention over a paged KV cache: the cache, a jnp reference and Pallas kernels behind one signature.
 
-Shapes: `B T C H D V L` as in model.py, and for pages `N` physical pages of `P` tokens each, `M` logical pages per row
-of the block table. A pool is (L, N, H, P, D): what one head needs of one page, a (P, D) matrix, is contiguous, which is
-what every implementation multiplies by. Page 0 is the null page: it takes the writes of padding tokens, the unused
-tail of a block table points at it, and nothing that is read there reaches a result.
+Shapes: `B T C H D V L` as in model.py, and for pages `N` physical pages of `P` tokens each, `M` logical pages
+per row of the block table. A pool is (L, N, H, P, D): what one head needs of one page, a (P, D) matrix, is
+contiguous, which is what every implementation multiplies by. Page 0 is the null page: it takes the writes of
+padding tokens, the unused tail of a block table points at it, and nothing read there reaches a result.
 
-The same bits: what a row gets depends on its own query, its own tokens and nothing else: not on its neighbours,
-on where its pages lie, on the width M of the table, or on what free pages hold, NaN included.
+The same bits: what a row gets depends on its own query and its own tokens: not on its neighbours, nor on where
+its pages lie, on the width M of the table, or on what free pages hold, NaN included.
 """
 import dataclasses
 import math
@@ -23,21 +23,21 @@ from jax.experimental.pallas import triton as plgpu
          data_fields=["k_pages", "v_pages", "block_tables", "context_lens", "new_lens"])
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """Keys and values in pages, with the dense KVCache's interface. The engine keeps one pool alive and, each step,
-    `dataclasses.replace`s the three per-batch fields; donate it to the jitted step and the pool is updated in place."""
+    """Keys and values in pages, with the dense KVCache's interface. The pool outlives the batch, which is the
+    next three fields; donate the pool to the jitted step and it is updated in place."""
     k_pages: jax.Array       # (L, N, H, P, D) float32, bfloat16, or bfloat16's bits as uint16 (see create)
     v_pages: jax.Array       # (L, N, H, P, D)
-    block_tables: jax.Array  # (B, M) int32, physical page of each logical page; unused entries are 0, the null page
+    block_tables: jax.Array  # (B, M) int32, physical page of each logical page; 0, the null page, where unused
     context_lens: jax.Array  # (B,) int32, tokens in the pages before this call
     new_lens: jax.Array      # (B,) int32, how many of this call's T tokens are real; 0 for a padding row
     attention: str           # implementation, a key of IMPLEMENTATIONS
 
     @classmethod
     def create(cls, config, num_pages: int, page_size: int, dtype="float32", attention: str | None = None):
-        """An empty pool for a GPTConfig, with a batch of no rows. `attention=None` takes default_implementation().
+        """An empty pool for a GPTConfig, with a batch of no rows. attention=None: default_implementation().
 
-        On CPU a bfloat16 pool is kept as uint16: XLA there (jax 0.10) converts a whole bfloat16 array to float32 and
-        back to gather from it or scatter into it, which at 1 GiB costs more than the model."""
+        On CPU a bfloat16 pool is kept as uint16: XLA there (jax 0.10) converts the whole array to float32 and
+        back to gather from it or scatter into it."""
         attention = attention or default_implementation()
         if attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention={attention}: there are {', '.join(IMPLEMENTATIONS)}")
@@ -45,12 +45,12 @@ class PagedKVCache:
             raise ValueError(f"num_pages={num_pages}: page 0 is the null page, so at least 2 are needed")
         if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
             dtype = jnp.uint16
-        none = jnp.zeros((0,), jnp.int32)
+        none = jnp.zeros(0, jnp.int32)
         shape = pool_shape(config, num_pages, page_size, attention)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((0, 0), jnp.int32), none, none, attention)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), none[None], none, none, attention)
 
     def positions(self, T: int) -> jax.Array:
-        """(B, T) int32 absolute positions of the next T tokens; those of padding tokens run on and mean nothing."""
+        """(B, T) int32 absolute positions of the next T tokens; those of padding tokens mean nothing."""
         return self.context_lens[:, None] + jnp.arange(T, dtype=jnp.int32)
 
     @property
@@ -58,7 +58,7 @@ class PagedKVCache:
         return self.k_pages.shape[3]
 
     def attend(self, layer, q, k, v):
-        """Writes k, v (B, T, H, D) of the new tokens into `layer`, then attends causally over each row's own pages.
+        """Writes k, v (B, T, H, D) of the new tokens into `layer`, then attends causally over each row's pages.
         Returns y (B, T, H, D) float32, zero for padding tokens, and the cache."""
         B, T, H, D = q.shape
         pos = self.positions(T)  # (B, T)
@@ -77,8 +77,8 @@ class PagedKVCache:
 
 
 def pool_shape(config, num_pages: int, page_size: int, attention: str) -> tuple[int, ...]:
-    """(L, N, H, P, D). A TPU lays the last axis out in lanes of 128, so there `128 // D` heads lie side by side in one:
-    narrower rows would be stored padded, or be copied, the whole pool, at each call of the kernel."""
+    """(L, N, H, P, D). A TPU lays the last axis out in lanes of 128, so there `128 // D` heads lie side by side
+    in one: narrower rows would be stored padded, or the whole pool be copied at each call of the kernel."""
     H, D = config.n_head, config.n_embd // config.n_head
     if attention == "mosaic_tpu":
         side_by_side = max(1, 128 // D)
@@ -91,17 +91,16 @@ def pack(x, pages):
     *lead, H, D = x.shape
     _, _, pool_H, _, pool_D = pages.shape
     g = pl.cdiv(H, pool_H)  # heads side by side
-    if pool_H * g > H:
-        x = jnp.concatenate([x, jnp.zeros((*lead, pool_H * g - H, D), x.dtype)], axis=-2)
-    x = x.reshape(*lead, pool_H, g * D)
-    if pool_D > g * D:
-        x = jnp.concatenate([x, jnp.zeros((*lead, pool_H, pool_D - g * D), x.dtype)], axis=-1)
-    return to_dtype(x, pages.dtype)
+    whole = [(0, 0)] * len(lead)
+    x = jnp.pad(x, [*whole, (0, pool_H * g - H), (0, 0)]).reshape(*lead, pool_H, g * D)
+    return to_dtype(jnp.pad(x, [*whole, (0, 0), (0, pool_D - g * D)]), pages.dtype)
 
 
 def to_dtype(x, dtype):
     """x in a pool's dtype; uint16 holds the bits of a bfloat16."""
-    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if dtype == jnp.uint16 else x.astype(dtype)
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
 
 
 def to_float32(x):
@@ -114,24 +113,26 @@ def num_pages_for(config, page_size: int, dtype, budget: int, attention: str | N
     shape = pool_shape(config, 1, page_size, attention or default_implementation())
     page = 2 * math.prod(shape) * jnp.dtype(dtype).itemsize
     if budget < 2 * page:
-        raise ValueError(f"a KV cache of {budget} bytes holds {budget // page} pages of {page} bytes, and at least 2 are "
-                         "needed (one is the null page): give it more memory or a smaller page")
+        raise ValueError(f"a KV cache of {budget} bytes holds {budget // page} pages of {page} bytes, and at least "
+                         "2 are needed (one is the null page): give it more memory or a smaller page")
     return budget // page
 
 
-def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *, layer, scale, implementation):
+def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *, layer, scale: float,
+                    implementation: str) -> jax.Array:
     """Causal attention of each row's new tokens over its own pages, which hold them already.
 
-    q (B, T, H, D), any T; k_pages, v_pages (L, N, H, P, D); block_tables (B, M), context_lens and new_lens (B,) int32;
-    layer an int or an int32 scalar. Token t < new_lens[b] sits at position context_lens[b] + t and sees every position
-    up to its own. Returns (B, T, H, D) float32, zero where t >= new_lens[b].
+    q (B, T, H, D), any T; k_pages, v_pages (L, N, H, P, D), the heads arranged as pool_shape says; block_tables
+    (B, M), context_lens and new_lens (B,) int32; layer an int or an int32 scalar. Token t < new_lens[b] sits at
+    position context_lens[b] + t and sees every position up to its own. Returns (B, T, H, D) float32, zero where
+    t >= new_lens[b].
     """
     return IMPLEMENTATIONS[implementation](q, k_pages, v_pages, block_tables, context_lens, new_lens,
                                            jnp.asarray(layer, jnp.int32), scale)
 
 
 def dot(subscripts, a, b):
-    """einsum with float32 sums, whose float32 inputs are not rounded on the way to a tensor core or an MXU."""
+    """einsum with float32 sums, of float32 inputs that no tensor core or MXU rounds."""
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
@@ -143,19 +144,19 @@ def visible(T, context_lens, new_lens):
 
 
 def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale):
-    """Softmax in two passes over one logical page at a time, as many as the longest row needs: the scores and their
-    maximum, then the weighted values. Every operation has a fixed shape per row and page, and a page beyond a row's
-    end adds exact zeros to it."""
+    """Softmax in two passes over one logical page at a time, as many as the longest row needs: the scores and
+    their maximum, then the weighted values. A page beyond a row's end adds exact zeros to it. XLA on CPU orders
+    the sum of a reduction, and rounds an exp fused into one, by the size of the batch: here there are none."""
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
     M = block_tables.shape[1]
-    k_pages, v_pages = [pages.reshape(L * N, H, P, D) for pages in (k_pages, v_pages)]  # so no layer is sliced out
+    k_pages, v_pages = [pages.reshape(L * N, H, P, D) for pages in (k_pages, v_pages)]  # not a slice of a layer
     q = q.astype(jnp.float32).swapaxes(1, 2) * scale  # (B, H, T, D)
     length = visible(T, context_lens, new_lens)  # (B, T)
     pages = (length.max() + P - 1) // P
 
     def page(pool, i):
-        """Page i of each row (B, H, P, D) float32, and which of its positions each token sees (B, 1, T, P)."""
+        """Page i of each row (B, H, P, D) float32, and what each token sees of it (B, 1, T, P)."""
         x = to_float32(pool.at[layer * N + block_tables[:, i]].get(mode="promise_in_bounds"))
         return x, (i * P + jnp.arange(P) < length[:, :, None])[:, None]
 
@@ -175,21 +176,21 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
     start = jnp.zeros((M, B, H, T, P)), jnp.full((B, H, T, 1), -1e30)
     all_s, m = jax.lax.fori_loop(0, pages, scores, start)
     l, y = jax.lax.fori_loop(0, pages, values, (jnp.zeros((B, H, T, P)), jnp.zeros((B, H, T, D))))
-    l = sum(l[..., p] for p in range(P))  # in this order: XLA on CPU orders a reduction by the size of the batch
+    l = sum(l[..., p] for p in range(P))
     return (y / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
 
 
-# --- GPU: Pallas, Triton style ----------------------------------------------------------------------------------------
-# Triton style rather than Mosaic GPU: JAX 0.11 deprecates it, but the same source lowers on 0.10 and 0.11 and for every
-# generation of GPU (ROCm too), where Mosaic GPU wants Ampere or newer and changed its call between the two. A decode
-# step is bound by reading pages, which needs none of what Mosaic GPU adds (TMA and wgmma pipelines written by hand); a
-# Mosaic GPU kernel, once it is worth its lines, is one more entry of IMPLEMENTATIONS.
+# --- GPU: Pallas, Triton style ---------------------------------------------------------------------------------
+# Triton style rather than Mosaic GPU: JAX 0.11 deprecates it, but one source lowers on 0.10 and 0.11 and for every
+# generation of GPU, ROCm too, where Mosaic GPU wants Hopper (Ampere since 0.11) and changed its call in between. A
+# decode step is bound by reading pages, which needs nothing of what Mosaic GPU adds (pipelines of TMA and wgmma
+# written by hand). A Mosaic GPU kernel, when it pays for its lines, is one more entry of IMPLEMENTATIONS.
 SPLIT = 256  # positions per program of the decode kernel
-TILE = 64    # positions, and in the prefill kernel also query tokens, per step of a program
+TILE = 64    # positions per step of a program
 
 
 def load_head(pages_ref, tables_ref, layer, b, h, pos, keep, d):
-    """One head of the positions `pos` of row b, (len(pos), len(d)); zero, and no memory touched, unless `keep`."""
+    """One head of the positions `pos` of row b, (positions, d); zero, and no memory touched, unless `keep`."""
     P, D = pages_ref.shape[3:]
     page = plgpu.load(tables_ref.at[b, pos // P], mask=keep, other=0)
     at = layer, page[:, None], h, (pos % P)[:, None], d[None]
@@ -213,8 +214,8 @@ def decode_kernel(layer_ref,    # (1,) int32
                   l_ref,        # (B, H, splits) float32 out: sum of weights
                   acc_ref,      # (B, H, splits, D) float32 out: sum of weighted values
                   *, scale: float):
-    """Flash-decoding (Dao et al. 2023): one program for one row, head and split of SPLIT positions. There is one query
-    per head, so the products are sums over a tile rather than a tensor-core dot, which would pad the query to 16."""
+    """Flash-decoding (Dao et al. 2023): one program for one row, head and split of SPLIT positions. There is one
+    query per head, so the products are sums over a tile: a tensor-core dot would pad the query to 16 rows."""
     b, h, split = [pl.program_id(i) for i in range(3)]
     start, length, D = split * SPLIT, lengths_ref[b], q_ref.shape[2]
     d = jnp.arange(pl.next_power_of_2(D))
@@ -232,13 +233,14 @@ def decode_kernel(layer_ref,    # (1,) int32
     @pl.when(start < length)  # what other splits leave unwritten, merge_kernel does not read
     def _():
         tiles = pl.cdiv(jnp.minimum(length - start, SPLIT), TILE)
-        m, l, acc = jax.lax.fori_loop(0, tiles, tile, (jnp.float32(-1e30), jnp.float32(0), jnp.zeros(d.shape)))
+        empty = jnp.float32(-1e30), jnp.float32(0), jnp.zeros(d.shape)
+        m, l, acc = jax.lax.fori_loop(0, tiles, tile, empty)
         m_ref[b, h, split], l_ref[b, h, split] = m, l
         plgpu.store(acc_ref.at[b, h, split, d], acc, mask=d < D)
 
 
 def merge_kernel(lengths_ref, m_ref, l_ref, acc_ref, y_ref):
-    """Merges a row's splits in order, as many as the row has. y_ref (B, H, D) float32; the others: decode_kernel."""
+    """Merges a row's splits in order, as many as it has. y_ref (B, H, D) float32; the others: decode_kernel."""
     b, h = pl.program_id(0), pl.program_id(1)
     D = y_ref.shape[2]
     d = jnp.arange(pl.next_power_of_2(D))
@@ -247,48 +249,49 @@ def merge_kernel(lengths_ref, m_ref, l_ref, acc_ref, y_ref):
         acc = plgpu.load(acc_ref.at[b, h, i, d], mask=d < D, other=0)
         return merge(state, m_ref[b, h, i], l_ref[b, h, i], acc)
 
-    start = jnp.float32(-1e30), jnp.float32(0), jnp.zeros(d.shape)
-    _, l, acc = jax.lax.fori_loop(0, pl.cdiv(lengths_ref[b], SPLIT), split, start)
+    empty = jnp.float32(-1e30), jnp.float32(0), jnp.zeros(d.shape)
+    _, l, acc = jax.lax.fori_loop(0, pl.cdiv(lengths_ref[b], SPLIT), split, empty)
     plgpu.store(y_ref.at[b, h, d], acc / jnp.where(l == 0, 1, l), mask=d < D)
 
 
-def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_ref, *, scale: float):
-    """FlashAttention-2 (Dao 2023): one program for one row, head and TILE query tokens, over all their positions.
-    lengths_ref (B, T) int32: positions each token attends to; q_ref, y_ref (B, T, H, D); the others: decode_kernel."""
+def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_ref, *, tile_size, scale):
+    """FlashAttention-2 (Dao 2023): one program for one row, head and `tile_size` query tokens, over all their
+    positions. Products are of the pool's dtype. lengths_ref (B, T) int32: positions each token attends to; q_ref,
+    y_ref (B, T, H, D); the others: decode_kernel."""
     b, h = pl.program_id(0), pl.program_id(1)
     T, D = q_ref.shape[1], q_ref.shape[3]
-    t, d = pl.program_id(2) * TILE + jnp.arange(TILE), jnp.arange(pl.next_power_of_2(D))
+    t, d = pl.program_id(2) * tile_size + jnp.arange(tile_size), jnp.arange(pl.next_power_of_2(D))
     inside = (t < T)[:, None] & (d < D)[None]
-    length = plgpu.load(lengths_ref.at[b, t], mask=t < T, other=0)  # (TILE,)
+    length = plgpu.load(lengths_ref.at[b, t], mask=t < T, other=0)  # (tokens,)
     stop = jnp.max(length)
-    dtype = jnp.promote_types(q_ref.dtype, k_ref.dtype)  # of the products' inputs: tensor cores when both are bfloat16
-    q = plgpu.load(q_ref.at[b, t[:, None], h, d[None]], mask=inside, other=0).astype(dtype)
+    q = plgpu.load(q_ref.at[b, t[:, None], h, d[None]], mask=inside, other=0).astype(k_ref.dtype)
 
     def tile(i, state):
-        pos = i * TILE + jnp.arange(TILE)
-        k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, pos < stop, d).astype(dtype)
-                for ref in (k_ref, v_ref)]  # (TILE, d)
+        pos = i * tile_size + jnp.arange(tile_size)
+        k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, pos < stop, d) for ref in (k_ref, v_ref)]
         s = dot("td,pd->tp", q, k) * scale
         s = jnp.where(pos[None] < length[:, None], s, -jnp.inf)  # (tokens, positions)
         m = jnp.maximum(jnp.max(s, axis=1), -1e30)
         p = jnp.exp(s - m[:, None])
-        return merge(state, m, jnp.sum(p, axis=1), dot("tp,pd->td", p.astype(dtype), v))
+        return merge(state, m, jnp.sum(p, axis=1), dot("tp,pd->td", p.astype(v.dtype), v))
 
-    start = jnp.full(TILE, -1e30), jnp.zeros(TILE), jnp.zeros((TILE, d.size))
-    _, l, acc = jax.lax.fori_loop(0, pl.cdiv(stop, TILE), tile, start)
+    empty = jnp.full(t.shape, -1e30), jnp.zeros(t.shape), jnp.zeros(inside.shape)
+    _, l, acc = jax.lax.fori_loop(0, pl.cdiv(stop, tile_size), tile, empty)
     plgpu.store(y_ref.at[b, t[:, None], h, d[None]], acc / jnp.where(l == 0, 1, l)[:, None], mask=inside)
 
 
 def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
-    """Float32 sums throughout. The sums of a decode step break at multiples of SPLIT and TILE and merge in order."""
+    """The sums of a decode step break at multiples of SPLIT and TILE and merge in order."""
     B, T, H, D = q.shape
     layer, lengths = layer.reshape(1), visible(T, context_lens, new_lens)
     params = plgpu.CompilerParams(num_warps=4, num_stages=2)
     call = partial(pl.pallas_call, compiler_params=params, interpret=interpret)
     f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     if T > 1:
-        return call(partial(prefill_kernel, scale=scale), grid=(B, H, pl.cdiv(T, TILE)), out_shape=f32(q.shape))(
-            layer, block_tables, lengths, q, k_pages, v_pages)
+        # Tensor cores multiply bfloat16. Float32 products are unrolled: ptxas takes 20 s over tiles of 64.
+        size = 64 if k_pages.dtype == jnp.bfloat16 else 16
+        return call(partial(prefill_kernel, tile_size=size, scale=scale), grid=(B, H, pl.cdiv(T, size)),
+                    out_shape=f32(q.shape))(layer, block_tables, lengths, q, k_pages, v_pages)
     splits = pl.cdiv(block_tables.shape[1] * k_pages.shape[3], SPLIT)
     partials = call(partial(decode_kernel, scale=scale), grid=(B, H, splits),
                     out_shape=[f32((B, H, splits)), f32((B, H, splits)), f32((B, H, splits, D))])(
@@ -296,13 +299,18 @@ def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, sca
     return call(merge_kernel, grid=(B, H), out_shape=f32((B, H, D)))(lengths[:, 0], *partials)[:, None]
 
 
-# --- TPU: Pallas, Mosaic ----------------------------------------------------------------------------------------------
-def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,), (B,) int32, prefetched into SMEM
-               q_ref,         # (1, H, R, D) R queries of one row of the batch, in VMEM; query r is token r // g
-               k_hbm, v_hbm,  # (L, N, H, P, D) the pools, left in HBM
-               y_ref,         # (1, H, R, D) float32
-               k_buf, v_buf,  # (2, H, S, D) VMEM: one half is filled while the other is read
-               sems,          # (2, 2) DMA semaphores: keys or values, half
+# --- TPU: Pallas, Mosaic ---------------------------------------------------------------------------------------
+def tpu_kernel(layer_ref,    # (1,) int32; this and the next three are prefetched into SMEM
+               tables_ref,   # (B, M) int32
+               context_ref,  # (B,) int32
+               new_ref,      # (B,) int32
+               q_ref,        # (1, H, R, D) R queries of one row of the batch, in VMEM; query r is token r // g
+               k_hbm,        # (L, N, H, P, D) left in HBM
+               v_hbm,        # (L, N, H, P, D) left in HBM
+               y_ref,        # (1, H, R, D) float32 out
+               k_buf,        # (2, H, S, D) VMEM: one half is filled while the other is read
+               v_buf,        # (2, H, S, D) VMEM
+               sems,         # (2, 2) DMA semaphores: keys or values, half
                *, g: int, scale: float):
     """One program for one row and R queries, all heads. Pages are copied S positions ahead of their use."""
     b = pl.program_id(0)
@@ -312,7 +320,6 @@ def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,
     token = partial(jax.lax.div, y=jnp.int32(g))  # of a query; `//` would not lower without the device
     stop = jnp.where(token(first) < new, context + jnp.minimum(token(first + R - 1) + 1, new), 0)
     steps = pl.cdiv(stop, S)
-    dtype = jnp.promote_types(q_ref.dtype, k_buf.dtype)
 
     def copies(step, do):
         """Applies `do` to the copy of each page of this step that holds a position to attend to."""
@@ -334,20 +341,20 @@ def tpu_kernel(layer_ref, tables_ref, context_ref, new_ref,  # (1,), (B, M), (B,
         seen = (pos <= context + t) & (t < new)  # (1, R, S)
         written = i * S + jax.lax.broadcasted_iota(jnp.int32, (1, S, 1), 1) < stop
         v = jnp.where(written, v_buf[i % 2], 0)  # 0 * NaN is NaN
-        s = dot("hrd,hsd->hrs", q_ref[0].astype(dtype), k_buf[i % 2].astype(dtype)) * scale
+        s = dot("hrd,hsd->hrs", q_ref[0].astype(k_buf.dtype), k_buf[i % 2]) * scale
         s = jnp.where(seen, s, -jnp.inf)
         m = jnp.maximum(jnp.max(s, axis=2), -1e30)
         p = jnp.exp(s - m[..., None])
-        return merge(state, m, jnp.sum(p, axis=2), dot("hrs,hsd->hrd", p.astype(dtype), v.astype(dtype)))
+        return merge(state, m, jnp.sum(p, axis=2), dot("hrs,hsd->hrd", p.astype(v.dtype), v))
 
     pl.when(steps > 0)(lambda: copies(0, lambda copy: copy.start()))
-    start = jnp.full((H, R), -1e30), jnp.zeros((H, R)), jnp.zeros((H, R, D))
-    _, l, acc = jax.lax.fori_loop(0, steps, step, start)
+    empty = jnp.full((H, R), -1e30), jnp.zeros((H, R)), jnp.zeros((H, R, D))
+    _, l, acc = jax.lax.fori_loop(0, steps, step, empty)
     y_ref[0] = acc / jnp.where(l == 0, 1, l)[..., None]
 
 
 def mosaic_tpu(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
-    """One kernel for any T. Where g heads lie side by side in the pool, so do g queries, one per head and zero beside
+    """One kernel for any T. Where g heads lie side by side in the pool, each has its own query with zeros beside
     it: the MXU, 128 deep, multiplies by the zeros in the time it would have idled."""
     B, T, H, D = q.shape
     _, _, pool_H, P, pool_D = k_pages.shape
@@ -355,7 +362,7 @@ def mosaic_tpu(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer,
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pool_H * g - H), (0, 0))).reshape(B, T, pool_H, g, 1, D)
     q = q * jnp.eye(g, dtype=q.dtype)[..., None]  # (B, T, H / g, g, g, D)
     q = q.reshape(B, T, pool_H, g, g * D).swapaxes(1, 2).reshape(B, pool_H, T * g, g * D)
-    R = min(128, pl.cdiv(T * g, 16) * 16)  # queries per program, a multiple of the rows of a bfloat16 register
+    R = min(128, pl.cdiv(T * g, 16) * 16)  # queries per program; a bfloat16 register has 16 rows
     S = max(1, 128 // P) * P               # positions per step
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -T * g % R), (0, pool_D - g * D)))
     queries = pl.BlockSpec((1, pool_H, R, pool_D), lambda b, i, *_: (b, 0, i, 0))
