@@ -64,8 +64,10 @@ class PagedKVCache:
         pos = self.positions(T)  # (B, T)
         page = jnp.take_along_axis(self.block_tables, pos // self.page_size, axis=1, mode="clip")
         page = jnp.where(jnp.arange(T) < self.new_lens[:, None], page, 0)  # padding writes to the null page
-        at = layer, page, slice(None), pos % self.page_size
-        k_pages, v_pages = [pages.at[at].set(pack(x, pages))
+        # One update more, of the null page: XLA on CPU makes of a scatter of one update what copies the whole pool.
+        again = lambda x: jnp.pad(x, [(0, int(B * T == 1)), *[(0, 0)] * (x.ndim - 1)])
+        at = layer, again(page), slice(None), again(pos % self.page_size)
+        k_pages, v_pages = [pages.at[at].set(pack(again(x), pages))
                             for pages, x in ((self.k_pages, k), (self.v_pages, v))]
         y = paged_attention(q, k_pages, v_pages, self.block_tables, self.context_lens, self.new_lens,
                             layer=layer, scale=D**-0.5, implementation=self.attention)
