@@ -4,9 +4,11 @@ FastAPI checks requests against these and makes the OpenAPI page of them. A fiel
 """
 
 import dataclasses
+import re
 import time
 from typing import Annotated, Literal
 
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from scheduler import MAX_LOGPROBS, SamplingParams
@@ -167,3 +169,28 @@ class ErrorDetail(BaseModel):
 
 class Error(BaseModel):
     error: ErrorDetail
+
+
+class APIError(Exception):
+    """An answer in OpenAI's error form."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None):
+        super().__init__(message)
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.status, self.headers = status, headers
+        clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]  # JSON may hold half a surrogate pair
+        self.body = Error(error=ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code))
+
+    def response(self) -> Response:
+        return JSONResponse(self.body.model_dump(), self.status, self.headers)
+
+
+def unavailable(message: str) -> APIError:
+    return APIError(503, message, headers={"Retry-After": "1"})
+
+
+def refused(error: ValueError) -> APIError:
+    """400. The sentences of SamplingParams and Engine.add begin with what they are about, as in top_p=2."""
+    named = re.match(r"(?:the )?(\w+)(?:=| is empty| has token)", str(error))
+    return APIError(400, str(error), param=named and named[1])

@@ -1,6 +1,6 @@
 """Serve a model over HTTP, as OpenAI's completions API: python server.py --out_dir=DIR
 
-One thread owns the engine: see Worker. All else runs on one event loop: a handler submits a Job, and awaits what the engine brings it.
+The routes, what stands in front of them, and how the process ends. The engine has a thread of its own: see worker.py.
 """
 
 import config as configs
@@ -21,7 +21,6 @@ import secrets
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -33,304 +32,22 @@ import jax
 import prometheus_client
 import uvicorn
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import protocol
 from config import ServeConfig
-from engine import Engine, Logprobs, Output, Stats
+from engine import Engine, Logprobs, Output
 from model import GPT
 from pretrained import load_tokenizer
-from protocol import Choice, Completion, CompletionRequest, LogprobLists, Usage
-from scheduler import SamplingParams
+from protocol import APIError, Choice, Completion, CompletionRequest, LogprobLists, Usage, refused, unavailable
 from tokenizer import StreamDecoder, Tokenizer
 from utils import load_model
+from worker import Job, Metrics, Worker
 
 VERSION = "0.1.0"
 log = logging.getLogger("server")
-
-
-class APIError(Exception):
-    """An answer in OpenAI's error form."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
-                 headers: dict[str, str] | None = None):
-        super().__init__(message)
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-        self.status, self.headers = status, headers
-        clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]  # JSON may hold half a surrogate pair
-        self.body = protocol.Error(error=protocol.ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code))
-
-    def response(self) -> Response:
-        return JSONResponse(self.body.model_dump(), self.status, self.headers)
-
-
-def unavailable(message: str) -> APIError:
-    return APIError(503, message, headers={"Retry-After": "1"})
-
-
-def refused(error: ValueError) -> APIError:
-    """400. The sentences of SamplingParams and Engine.add begin with what they are about, as in top_p=2."""
-    named = re.match(r"(?:the )?(\w+)(?:=| is empty| has token)", str(error))
-    return APIError(400, str(error), param=named and named[1])
-
-
-class Job:
-    """The prompts of one HTTP request on their way through the engine. Lives on the event loop.
-
-    Outputs wait here for their reader, at most max_tokens of them for each sample: a slow one cannot fill the memory."""
-
-    def __init__(self, request_id: str, prompts: list[list[int]], params: SamplingParams, stream: bool):
-        self.request_id = request_id
-        self.prompts, self.params, self.stream = prompts, params, stream
-        self.ids: list[int] = []  # the engine's, one per prompt
-        self.unfinished = len(prompts) * params.n
-        self.outputs: list[tuple[int, Output]] = []  # with the prompt's number
-        self.changed = asyncio.Event()
-        self.error: APIError | None = None
-        self.submitted = time.perf_counter()
-        self.last_token: dict[tuple[int, int], float] = {}  # when, by prompt and sample
-
-    def fail(self, error: APIError) -> None:
-        self.error = error
-        self.changed.set()
-
-    async def next(self) -> list[tuple[int, Output]]:
-        """What is new of a streamed job; of another, all, once it is done. The outputs of a sample are merged.
-        Raises APIError if the job has failed."""
-        while not (self.error or not self.unfinished or (self.stream and self.outputs)):
-            await self.changed.wait()
-            self.changed.clear()
-        if self.error:
-            raise self.error
-        merged: dict[tuple[int, int], Output] = {}
-        for prompt, out in self.outputs:
-            key = prompt, out.index
-            merged[key] = merged[key] + out if key in merged else out
-        self.outputs = []
-        return [(prompt, out) for (prompt, _), out in merged.items()]
-
-
-class Worker(threading.Thread):
-    """The thread that owns the engine. The event loop leaves commands in `inbox`, which are carried out between steps; outputs
-    go back by call_soon_threadsafe, once a step."""
-
-    def __init__(self, make_engine: Callable[[], Engine], config: ServeConfig, metrics: "Metrics"):
-        super().__init__(name="engine", daemon=True)
-        self.make_engine, self.config, self.metrics = make_engine, config, metrics
-        # Shared between the threads; `wake` guards inbox, queued and stats.
-        self.wake = threading.Condition()
-        self.inbox: list[Callable[[], None]] = []
-        self.queued = 0                           # prompts in the inbox, and those taken from it since the last step
-        self.stats: Stats | None = None           # as of the last step; None until the engine is warm
-        self.step_began: float | None = None
-        self.stopping = False
-        self.error: BaseException | None = None   # what ended the thread
-        # The engine thread's own.
-        self.engine: Engine | None = None
-        self.jobs: dict[int, tuple[Job, int]] = {}  # by the engine's id
-        # The event loop's own.
-        self.open: set[Job] = set()
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self.draining = False
-        self.on_death: Callable[[], None] = lambda: None
-
-    # On the event loop.
-
-    def problem(self) -> str | None:
-        """Why the server should get no requests now."""
-        began = self.step_began
-        if self.draining:
-            return "the server is shutting down"
-        if self.error:
-            return "the engine has died"
-        if self.stats is None:
-            return "the model is warming up"
-        if began is not None and time.monotonic() - began > self.config.step_timeout:
-            return f"the engine's step has taken more than step_timeout={self.config.step_timeout} s"
-        return None
-
-    async def submit(self, job: Job) -> None:
-        """Returns once the engine has accepted the job. Raises APIError."""
-        if problem := self.problem():
-            raise unavailable(problem)
-        with self.wake:
-            waiting, limit = self.stats.waiting + self.queued, self.config.max_waiting
-            if waiting + len(job.prompts) > limit:
-                raise APIError(429, f"{waiting} prompts are waiting, and the limit is {limit}: try again later",
-                               code="queue_full", headers={"Retry-After": "1"})
-            self.queued += len(job.prompts)
-            self.command(partial(self._add, job))
-        self.open.add(job)
-        self.idle.clear()
-        try:
-            await job.changed.wait()
-        except asyncio.CancelledError:
-            self.end(job)
-            raise
-        if job.error:
-            job.unfinished = 0  # nothing of it is in the engine
-            self.end(job)
-            raise job.error
-
-    def end(self, job: Job) -> None:
-        """The job needs nothing any more; if it still runs, it ends before the engine's next step."""
-        self.open.discard(job)
-        if not self.open:
-            self.idle.set()
-        if job.unfinished:
-            self.metrics.finished("abort")
-            self.command(partial(self._cancel, job))
-
-    def fail_all(self, error: APIError) -> None:
-        for job in list(self.open):
-            job.fail(error)
-
-    def command(self, run: Callable[[], None]) -> None:
-        with self.wake:
-            self.inbox.append(run)
-            self.wake.notify()
-
-    async def ask(self, question: Callable[[Engine], object]) -> object:
-        """question(engine), asked between steps."""
-        if problem := self.problem():
-            raise unavailable(problem)
-        answer = self.loop.create_future()
-        settle = lambda value: answer.done() or answer.set_result(value)
-        self.command(lambda: self._post(settle, question(self.engine)))
-        return await asyncio.wait_for(answer, self.config.step_timeout)
-
-    def stop(self) -> None:
-        with self.wake:
-            self.stopping = True
-            self.wake.notify()
-
-    def _deliver(self, now: float, outputs: list[tuple[Job, int, Output]]) -> None:
-        for job, prompt, out in outputs:
-            self.metrics.observe(job, prompt, out, now)
-            job.outputs.append((prompt, out))
-            job.unfinished -= out.finish_reason is not None
-            if job.stream or not job.unfinished:
-                job.changed.set()
-
-    # On the engine thread.
-
-    def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        super().start()
-
-    def run(self) -> None:
-        try:
-            self.engine = self.make_engine()
-            self._look()
-            while not self.stopping:
-                with self.wake:
-                    self.wake.wait_for(lambda: self.inbox or self.engine.busy or self.stopping)
-                    commands, self.inbox, taken = self.inbox, [], self.queued
-                for command in commands:
-                    command()
-                self.step_began = time.monotonic()
-                outputs = self.engine.step() if self.engine.busy else []
-                self.step_began = None
-                self._look(taken)
-                if outputs:
-                    self._post(self._deliver, time.perf_counter(), [(*self.jobs[out.request_id], out) for out in outputs])
-                for ended in {out.request_id for out in outputs} - self.engine.requests.keys():
-                    del self.jobs[ended]
-        except BaseException as e:
-            log.exception("the engine has died")
-            self.error = e
-            self._post(self._died)
-
-    def _look(self, taken: int = 0) -> None:
-        stats = self.engine.stats()
-        with self.wake:
-            self.stats = stats
-            self.queued -= taken
-
-    def _died(self) -> None:
-        self.fail_all(APIError(500, "the engine has died; the server is going down"))
-        self.on_death()
-
-    def _post(self, run: Callable, *args) -> None:
-        """run(*args) on the event loop."""
-        with contextlib.suppress(RuntimeError):  # it is closed: the process is ending
-            self.loop.call_soon_threadsafe(run, *args)
-
-    def _add(self, job: Job) -> None:
-        """All prompts of the job or, if one is refused, none."""
-        try:
-            for i, prompt in enumerate(job.prompts):
-                job.ids.append(self.engine.add(prompt, job.params))
-                self.jobs[job.ids[-1]] = job, i
-        except ValueError as e:
-            self._cancel(job)
-            self._post(job.fail, refused(e))
-        else:
-            self._post(job.changed.set)
-
-    def _cancel(self, job: Job) -> None:
-        for i in job.ids:
-            self.engine.cancel(i)
-            self.jobs.pop(i, None)
-
-
-class Metrics:
-    """What Prometheus reads at /metrics, under vLLM's names, so that dashboards made for it work."""
-
-    def __init__(self, model_name: str):
-        self.registry, self.labels = prometheus_client.CollectorRegistry(), {"model_name": model_name}
-        self.stats: Callable[[], tuple[Stats, int] | None] = lambda: None
-        self.registry.register(self)
-
-        def histogram(name: str, text: str, *buckets: float) -> prometheus_client.Histogram:
-            return prometheus_client.Histogram(f"vllm:{name}", text, list(self.labels), buckets=buckets,
-                                               registry=self.registry).labels(**self.labels)
-        self.time_to_first_token = histogram("time_to_first_token_seconds", "from the request's arrival", .001, .005, .01, .02,
-                                             .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-        self.inter_token_latency = histogram("inter_token_latency_seconds", "between the tokens of a sample", .005, .01, .025,
-                                             .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 10)
-        self.e2e_latency = histogram("e2e_request_latency_seconds", "of a sample, from the request's arrival to its end", .1, .3,
-                                     .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
-        self.success = prometheus_client.Counter("vllm:request_success", "samples that have ended",
-                                                 [*self.labels, "finished_reason"], registry=self.registry)
-
-    def observe(self, job: Job, prompt: int, out: Output, now: float) -> None:
-        key = prompt, out.index
-        if key in job.last_token:
-            self.inter_token_latency.observe(now - job.last_token[key])
-        else:
-            self.time_to_first_token.observe(now - job.submitted)
-        job.last_token[key] = now
-        if out.finish_reason:
-            self.e2e_latency.observe(now - job.submitted)
-            self.finished(out.finish_reason)
-
-    def finished(self, reason: str) -> None:
-        self.success.labels(**self.labels, finished_reason=reason).inc()
-
-    def collect(self) -> list:
-        """Prometheus calls it at each reading. What the engine counts itself is not counted twice."""
-        if not (now := self.stats()):
-            return []
-        stats, queued = now
-        families = []
-
-        def add(family: type, name: str, text: str, value: float) -> None:
-            families.append(family(f"vllm:{name}", text, labels=list(self.labels)))
-            families[-1].add_metric(list(self.labels.values()), value)
-        add(GaugeMetricFamily, "num_requests_running", "sequences in the batch", stats.running)
-        add(GaugeMetricFamily, "num_requests_waiting", "sequences in the queue", stats.waiting + queued)
-        add(GaugeMetricFamily, "kv_cache_usage_perc", "pages held; 1 is all of them", stats.pages_held / stats.pages)
-        add(CounterMetricFamily, "prefix_cache_queries", "prompt tokens looked up in the prefix cache", stats.queried_tokens)
-        add(CounterMetricFamily, "prefix_cache_hits", "prompt tokens found there", stats.hit_tokens)
-        add(CounterMetricFamily, "num_preemptions", "sequences moved to host memory", stats.preemptions)
-        add(CounterMetricFamily, "prompt_tokens", "prompt tokens computed", stats.prompt_tokens)
-        add(CounterMetricFamily, "generation_tokens", "tokens generated", stats.generation_tokens)
-        return families
 
 
 class Sample:
@@ -538,8 +255,8 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
         return protocol.Pool(pages=len(pages), page_size=config.engine.page_size, running=stats.running, waiting=stats.waiting,
                              requests=names, used=used)
 
-    @app.get("/", response_class=HTMLResponse)
-    @app.get("/docs", response_class=HTMLResponse)
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
     async def page() -> Response:
         """A page to try the model on, and to watch the page pool."""
         return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "

@@ -490,14 +490,14 @@ def test_sigterm_under_load(model, tmp_path):
         assert requests.get(f"{url}/v1/models", timeout=DEADLINE).status_code == 401
         first = threading.Event()
 
-        def ask(i: int) -> int:
+        def ask(i: int) -> tuple[int, bytes]:
+            last = b""
             with requests.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 100, "stream": True}, headers=headers,
                                stream=True, timeout=DEADLINE) as response:
                 for line in response.iter_lines():
                     first.set()
                     last = line or last
                 return response.status_code, last
-        last = b""
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(ask, i) for i in range(8)]
             assert first.wait(DEADLINE)
