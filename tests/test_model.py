@@ -246,6 +246,12 @@ def naive_generate(gpt, rows, n):
     return rows
 
 
+def test_the_window_slides_by_half_a_block():
+    """Catches a window that slides at the wrong length, by another step, or past what the model can read."""
+    assert [window_start(n, 32) for n in (1, 32, 33, 48, 49, 64, 65)] == [0, 0, 16, 16, 32, 32, 48]
+    assert [window_start(n, 1) for n in (1, 2, 9)] == [0, 1, 8]
+
+
 def test_greedy_generation_equals_a_loop_without_cache(gpt):
     """Catches a prompt of another length that leaks into its neighbour, a window that slides at the wrong token, positions
     that do not restart with it. 40 tokens pass block_size = 32."""
@@ -268,8 +274,8 @@ def test_sampling_is_a_function_of_seed_and_position(gpt):
     assert rows == together
 
 
-def test_stop_token_ends_a_row_and_then_the_call(gpt):
-    """Catches a row that goes on after its stop token, and a loop that does not end early."""
+def test_stop_token_ends_a_row_and_then_the_call(gpt, monkeypatch):
+    """Catches a row that goes on after its stop token, and a loop that does not end early, on the device or around it."""
     prompts = [[1, 2, 3], [4, 5]]
     free = gpt.generate(prompts, 30, temperature=0)
     stop = free[0][8]
@@ -278,8 +284,11 @@ def test_stop_token_ends_a_row_and_then_the_call(gpt):
         new = want[len(prompt):]
         end = new.index(stop) + 1 if stop in new else 30
         assert row == want[:len(prompt) + end]
+    steps, decode = [], model_module.decode
+    monkeypatch.setattr(model_module, "decode", lambda *a: (out := decode(*a), steps.append(int(out[3])))[0])
+    assert len(gpt.generate([[1, 2, 3]], 28, temperature=0, stop_token=stop)[0]) <= 3 + 9 and sum(steps) <= 8
     bursts = list(gpt.stream([[1, 2, 3]], 1000, temperature=0, stop_token=stop, burst=4))
-    assert sum(len(b[0]) for b in bursts) <= 10
+    assert sum(len(b[0]) for b in bursts) <= 9
 
 
 def test_top_k_and_top_p_keep_the_right_tokens():
