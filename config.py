@@ -124,6 +124,12 @@ class TrainConfig:
     mesh: str | None = None
     """how devices share the work: AXIS:SIZE,... of data, fsdp, tensor, context, layers (see docs/distributed.md), -1 once for the
     rest; default: all devices share the batch, and the weights too if they are large"""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, where this is one of many processes and neither SLURM, Open MPI nor a TPU pod says so"""
+    num_processes: int | None = None
+    """how many processes there are; goes with coordinator_address"""
+    process_id: int | None = None
+    """which of them this is, from 0; goes with coordinator_address"""
     # Optimizer.
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the update of each block's matrices, the rest is AdamW"""
@@ -157,6 +163,11 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+        processes = (self.coordinator_address, self.num_processes, self.process_id)
+        require(None not in processes or not any(p is not None for p in processes),
+                "coordinator_address, num_processes and process_id go together: give all three, or none")
+        require(None in processes or 0 <= self.process_id < self.num_processes,
+                f"process_id={self.process_id} must be in [0, num_processes={self.num_processes})")
         require(self.model.block_size % self.loss_chunks == 0,
                 f"block_size={self.model.block_size} must be divisible by loss_chunks={self.loss_chunks}")
         require(not self.decay_lr or self.warmup_iters < self.decay_steps,

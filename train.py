@@ -26,12 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 import pretrained
 from config import GPTConfig, TrainConfig, require
-from utils import (PEAK_FLOPS, Checkpoints, TrainState, describe, flops_per_token, learning_rate_schedule, put_batch,
+from utils import (PEAK_FLOPS, Checkpoints, TrainState, connect, describe, flops_per_token, learning_rate_schedule, put_batch,
                    require_same_model, training_mesh, use_cpu_cores, write_atomically)
 
 EVAL_SEED = 20240229  # of the evaluation batches: the same for every run, so that losses compare between runs
@@ -166,9 +167,13 @@ def full_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
 
 
 class Log:
-    """Everything a run tells: metrics.jsonl (one object a line), loss.png, TensorBoard files and, if asked for, W&B."""
+    """Everything a run tells: metrics.jsonl (one object a line), loss.png, TensorBoard files and, if asked for, W&B. Of many
+    processes, the first one tells it."""
 
     def __init__(self, config: TrainConfig, step: int):
+        self.silent = jax.process_index() > 0
+        if self.silent:
+            return
         self.path, self.image = config.out_dir / "metrics.jsonl", config.out_dir / "loss.png"
         # What a killed run logged after its last checkpoint is logged again.
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -186,6 +191,8 @@ class Log:
                                     config=dataclasses.asdict(config))
 
     def write(self, step: int, **values: float) -> None:
+        if self.silent:
+            return
         self.rows.append({"step": step, **values})
         self.file.write(json.dumps(self.rows[-1]) + "\n")
         self.file.flush()
@@ -197,6 +204,8 @@ class Log:
 
     def plot(self) -> None:
         """Training and validation loss against updates, replaced as a whole."""
+        if self.silent:
+            return
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
@@ -217,7 +226,14 @@ class Log:
         temporary.replace(self.image)
         plt.close(figure)
 
+    def say(self, text: str) -> None:
+        """To the screen, above the progress bar."""
+        if not self.silent:
+            tqdm.write(text)
+
     def close(self) -> None:
+        if self.silent:
+            return
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
@@ -239,12 +255,18 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
 
+    def agreed(self) -> int | None:
+        """A signal that any process of the run has received. All of them ask together, and get the same answer."""
+        if jax.process_count() == 1:
+            return self.received
+        return int(multihost_utils.process_allgather(np.int32(self.received or 0)).max()) or None
+
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def start(config: TrainConfig, meta: dict) -> tuple[TrainConfig, TrainState, Checkpoints]:
+def start(config: TrainConfig, meta: dict, processes: int) -> tuple[TrainConfig, TrainState, Checkpoints]:
     """The state that a run begins with, as config.init_from says, and config with the model that it turned out to be.
 
     Writes config.json and meta.json (the tokenizer) beside the checkpoints."""
@@ -255,7 +277,7 @@ def start(config: TrainConfig, meta: dict) -> tuple[TrainConfig, TrainState, Che
         require(model.vocab_size == meta["vocab_size"], f"{config.init_from} has vocab_size={model.vocab_size}, the data "
                 f"{meta['vocab_size']}: prepare the data with the model's tokenizer")
         config = dataclasses.replace(config, model=model)
-    use_cpu_cores(config)
+    use_cpu_cores(config, processes)
     mesh = training_mesh(config)
     checkpoints = Checkpoints(config.out_dir)
     latest = checkpoints.latest()
@@ -267,32 +289,34 @@ def start(config: TrainConfig, meta: dict) -> tuple[TrainConfig, TrainState, Che
         state = TrainState.create(config, params, mesh)
     else:
         state = checkpoints.restore(TrainState.shapes(config, mesh))
-    write_atomically(config.out_dir / "config.json", json.dumps(
-        {"model": dataclasses.asdict(config.model), "train": dataclasses.asdict(config)}, indent=1, default=str))
-    write_atomically(config.out_dir / "meta.json", json.dumps(meta, indent=1))
+    if jax.process_index() == 0:
+        write_atomically(config.out_dir / "config.json", json.dumps(
+            {"model": dataclasses.asdict(config.model), "train": dataclasses.asdict(config)}, indent=1, default=str))
+        write_atomically(config.out_dir / "meta.json", json.dumps(meta, indent=1))
     return config, state, checkpoints
 
 
 def train(config: TrainConfig) -> int:
     """Run to config.max_iters, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
     files, meta = load_data(config.data_path)
-    config, state, checkpoints = start(config, meta)
+    config, state, checkpoints = start(config, meta, connect(config))
     step = first = int(state.step)
     schedule, log = learning_rate_schedule(config), Log(config, step)
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    print(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
-          f"{config.model.dtype}, {describe(state.mesh)}; step {step} of {config.max_iters}")
-    bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None)
+    log.say(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
+            f"{config.model.dtype}, {describe(state.mesh)}; step {step} of {config.max_iters}")
+    bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=log.silent or None)
 
     def evaluate() -> float:
         losses = estimate_loss(state, config, files)
         if not config.eval_only:
             log.write(step, **{f"{split}_loss": loss for split, loss in losses.items()})
             log.plot()
-        bar.write(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        log.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return losses["val"]
 
+    received = None
     with StopSignals() as stop:
         if config.eval_only or step == 0:
             evaluate()
@@ -318,17 +342,19 @@ def train(config: TrainConfig) -> int:
                 require(math.isfinite(loss), f"the loss is {loss} at step {step}: resume with a lower learning_rate "
                         f"(now {config.learning_rate})")
             evaluated = step % config.eval_interval == 0 or step == config.max_iters
-            if evaluated or stop.received:
+            if jax.process_count() == 1 or step % config.log_interval == 0:  # processes wait for each other to agree
+                received = stop.agreed()
+            if evaluated or received:
                 checkpoints.save(state, evaluate() if evaluated else None)
                 since, timed = time.perf_counter(), step
-            if stop.received:
+            if received:
                 break
     bar.close()
     checkpoints.close()
     log.close()
-    if stop.received:
-        print(f"stopped by {signal.Signals(stop.received).name}, saved at step {step}; --init_from=resume goes on")
-    return 128 + stop.received if stop.received else 0
+    if received:
+        log.say(f"stopped by {signal.Signals(received).name}, saved at step {step}; --init_from=resume goes on")
+    return 128 + received if received else 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
 }
 
+HEARTBEAT_TIMEOUT = 60  # seconds after which a process that does not answer is given up, and all end
 CPU_DEVICE_FLOPS = 500_000_000  # per micro-batch: below, a CPU device costs more time than it saves
 
 
@@ -181,9 +182,8 @@ class Layout:
 
         def layer(x, keys, weights_and_index):
             weights, i = weights_and_index
-            x = constrain(mesh, x, ("data", "fsdp"), "context", None)  # (B, T, C)
             (x, _, _), _ = f((x, None, keys), (gather(mesh, weights), i))
-            return constrain(mesh, x, ("data", "fsdp"), "context", None)
+            return constrain(mesh, x, ("data", "fsdp"), "context", None)  # (B, T, C)
 
         S = mesh.shape["layers"]
         if S == 1:
@@ -195,18 +195,36 @@ class Layout:
         return (x, cache, keys), None
 
 
-def use_cpu_cores(config: TrainConfig) -> None:
+def connect(config: TrainConfig) -> int:
+    """Join the other processes of this run, if there are any, and return how many there are. Comes before any use of JAX.
+
+    Who they are is said by config.coordinator_address and its kin, or found by jax.distributed where the environment says that
+    there is more than one: in a SLURM step, under Open MPI, on a TPU pod."""
+    if config.coordinator_address:
+        processes = config.num_processes
+        flags = dict(coordinator_address=config.coordinator_address, num_processes=processes, process_id=config.process_id,
+                     cluster_detection_method="deactivate")
+    else:
+        processes = max(int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)),
+                        len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")))
+        flags = {}
+    if processes > 1:
+        jax.distributed.initialize(**flags, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    return processes
+
+
+def use_cpu_cores(config: TrainConfig, processes: int = 1) -> None:
     """Where JAX runs on CPU, have it show as many devices as config.mesh asks for; by default one per core, as long as they
     divide the batch and each has enough to do: XLA on CPU uses a second core badly on small operations. The environment's
     JAX_NUM_CPU_DEVICES wins. Must come before JAX's first use of a device; does nothing to other platforms."""
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         n = jax.config.jax_num_cpu_devices
     elif config.mesh is not None:
-        n = math.prod(int(size) for size in re.findall(r":(\d+)", config.mesh))
+        n = math.prod(int(size) for size in re.findall(r":(\d+)", config.mesh)) // processes
     else:
         flops = flops_per_token(config.model) * config.batch_size * config.model.block_size
-        n = largest_divisor(config.batch_size, min(len(os.sched_getaffinity(0)), flops // CPU_DEVICE_FLOPS))
-    jax.config.update("jax_num_cpu_devices", n)
+        n = largest_divisor(config.batch_size // processes, min(len(os.sched_getaffinity(0)), flops // CPU_DEVICE_FLOPS))
+    jax.config.update("jax_num_cpu_devices", max(1, n))
     if n > 1:
         # Devices wait for each other in threads of XLA's pool: if all of them wait, or work of the next step is queued before the
         # work they wait for, they wait forever. NPROC is the size of the pool.
@@ -241,7 +259,10 @@ class TrainState:
         """Step 0: `params` (on the host) or, without them, parameters initialised from config.seed. On `mesh`, by default one
         device; born sharded: no device ever holds more than its shards."""
         mesh = mesh or make_mesh("data:1", jax.devices()[:1])
-        return initial_state(config, mesh, params and jax.device_put(params, shardings(mesh, params)))
+        if params:  # each process reads and moves what its devices hold
+            put = lambda a, sharding: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+            params = jax.tree.map(put, params, shardings(mesh, params))
+        return initial_state(config, mesh, params)
 
     @classmethod
     def shapes(cls, config: TrainConfig, mesh: Mesh) -> "TrainState":
@@ -324,7 +345,7 @@ class Checkpoints:
                                       keep_checkpoints_without_metrics=False),
         ])
         self.trash = self.directory / "deleted"
-        shutil.rmtree(self.trash, ignore_errors=True)
+        self.empty_trash()
         self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
             preservation_policy=keep, todelete_subdir=self.trash.name, cleanup_tmp_directories=True,
             best_fn=lambda m: m["val_loss"], best_mode="min"))
@@ -340,7 +361,11 @@ class Checkpoints:
             return
         self.manager.save(step, metrics=None if val_loss is None else {"val_loss": float(val_loss)}, args=ocp.args.Composite(
             params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)))
-        shutil.rmtree(self.trash, ignore_errors=True)
+        self.empty_trash()
+
+    def empty_trash(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.trash, ignore_errors=True)
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint, in the shapes, dtypes and shardings of `state` (see TrainState.shapes): the mesh need not be the
@@ -349,12 +374,12 @@ class Checkpoints:
         abstract = lambda tree: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
         got = self.manager.restore(step, args=ocp.args.Composite(
             params=abstract(state.params), opt_state=abstract(state.opt_state)))
-        return dataclasses.replace(state, step=jax.device_put(jnp.int32(step), state.step.sharding), params=got.params, opt_state=got.opt_state)
+        return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding), params=got.params, opt_state=got.opt_state)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
         self.manager.close()
-        shutil.rmtree(self.trash, ignore_errors=True)
+        self.empty_trash()
 
 
 def write_atomically(path: Path, text: str) -> None:
