@@ -1,8 +1,9 @@
-"""Score a model with lm-evaluation-harness: python eval_harness.py --out_dir=DIR | --init_from=gpt2 --tasks=hellaswag
+"""Score a model with lm-evaluation-harness: python eval_harness.py --init_from=gpt2 --tasks=hellaswag
 
-The harness asks for the probability of continuations of contexts. Here all requests are sorted as token sequences and
-packed into rows that are tries: a beginning that several requests share (the context of four endings, the examples of
-a few-shot task) is computed once, and the model sees the trie as a cache of an unusual kind (Trie, below).
+The harness asks for the probability of continuations of contexts. Here all requests are sorted as token
+sequences and packed into rows that are tries: a beginning that several requests share (the context of four
+endings, the examples of a few-shot task) is computed once. The model sees a trie as a cache of an unusual
+kind (Trie, below).
 """
 
 import config as configs
@@ -12,7 +13,7 @@ if __name__ == "__main__":  # flags first: --help and typos answer before JAX is
 
 import dataclasses
 import json
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -22,23 +23,24 @@ import numpy as np
 from flax import nnx
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (Collator, handle_stop_sequences, normalize_gen_kwargs,
+                                  postprocess_generated_text)
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 from tqdm import tqdm
 
 from config import EvalConfig, require
-from model import einsum
+from model import GPT, einsum
 from utils import open_model, write_atomically
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trie:
-    """Takes a cache's place in GPT.hidden for rows that hold tries in depth-first order, and keeps nothing."""
+    """Takes a cache's place in GPT.hidden where rows hold tries in depth-first order; keeps nothing."""
 
-    positions_: jax.Array  # (B, T) int32 depth of each token
-    visible: jax.Array     # (B, T, T) bool: may token t look at token s, that is: is s on its path from the root
+    depth: jax.Array    # (B, T) int32, the position of each token in its sequence
+    visible: jax.Array  # (B, T, T) bool: [b, t, s] is whether token t sees s: whether s is on its path
     dtype: str = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -48,7 +50,7 @@ class Trie:
         return cls(depth, (t >= t.T) & (t < end[:, None, :]), dtype)
 
     def positions(self, T: int) -> jax.Array:
-        return self.positions_
+        return self.depth
 
     def attend(self, layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, "Trie"]:
         """Each token attends to its path. q, k, v (B, T, H, D); returns (B, T, H, D) float32."""
@@ -70,9 +72,12 @@ class Row:
         self.scored = []  # (request, index in the row, the token that shall follow there)
 
     def add(self, request: int, sequence: list[int], targets: list[int]) -> bool:
-        """Add a sequence and score the targets that follow its last tokens; False, and no change, if it does not fit."""
+        """Add a sequence and score the targets that follow its last tokens; False, and no change, if it is
+        too long for the row."""
         shared = 0
-        while shared < min(len(self.path), len(sequence)) and self.tokens[self.path[shared]] == sequence[shared]:
+        for at, token in zip(self.path, sequence):
+            if self.tokens[at] != token:
+                break
             shared += 1
         if max(len(self.tokens) + len(sequence) - shared, len(self.scored) + len(targets)) > self.T:
             return False
@@ -106,8 +111,8 @@ def pack(sequences: list[list[int]], targets: list[list[int]], T: int) -> list[R
 
 
 def arrays(rows: list[Row], B: int) -> tuple[np.ndarray, ...]:
-    """rows, filled up to B, as tokens, depth, end (B, T) int32 and, B T long, where and what to score. What fills up a
-    row sees only itself."""
+    """What `score` takes of rows, filled up to B: tokens, depth, end (B, T), at, targets (B T,), all int32. A
+    token that fills up a row sees only itself."""
     T = rows[0].T
     tokens, depth = np.zeros((2, B, T), np.int32)
     end = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
@@ -122,10 +127,11 @@ def arrays(rows: list[Row], B: int) -> tuple[np.ndarray, ...]:
 
 @partial(jax.jit, static_argnums=0)
 def score(graphdef, params, tokens, depth, end, at, targets, count):
-    """Log-probability (float32) and whether it is the likeliest, of each of `count` targets.
+    """Log-probability (B T,) float32, and whether it is the likeliest, of each of the first `count` targets.
 
-    tokens, depth, end (B, T): tries. at, targets (B T,): indices into the B T tokens, and the tokens that follow there.
-    The head is computed for an eighth of B T places at a time, and only for those that are scored."""
+    tokens, depth, end (B, T): tries. at, targets (B T,): indices into the B T tokens, and the tokens that
+    follow there. The head is computed for an eighth of B T places at a time, and only for those that are
+    scored."""
     model = nnx.merge(graphdef, params)
     x, _ = model.hidden(tokens, Trie.create(depth, end, model.config.dtype))
     x = x.reshape(-1, x.shape[-1])  # (B T, C)
@@ -144,16 +150,21 @@ def score(graphdef, params, tokens, depth, end, at, targets, count):
 
 @register_model("jax-nanogpt")
 class JAXNanoGPT(TemplateLM):
-    """A GPT as lm-evaluation-harness drives it, also by name: simple_evaluate(model="jax-nanogpt", model_args="...")."""
+    """A GPT as lm-evaluation-harness drives it, also by name: simple_evaluate(model="jax-nanogpt", ...)."""
 
     def __init__(self, out_dir: str | None = None, init_from: str | None = None, dtype: str = "float32",
                  batch_size: int | str = "auto"):
         super().__init__()
         config = EvalConfig(out_dir=out_dir, init_from=init_from, dtype=dtype, batch_size=batch_size)
-        model, self.text, self.name = open_model(config)
-        self.model = model.for_inference()
-        self.max_length = model.config.block_size
+        self.model, self.text, self.name = open_model(config)
+        self.max_length = self.model.config.block_size
         self.batch_size = config.batch_size
+
+    @cached_property
+    def generator(self) -> GPT:
+        """The model with weights laid out for decoding; to scoring, with its many tokens, that is all the
+        same."""
+        return self.model.for_inference()
 
     @property
     def eot_token_id(self) -> int | None:
@@ -161,7 +172,8 @@ class JAXNanoGPT(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the end of the text before or, if there is no such token, a newline."""
+        """What stands before a text without context: the end of another or, if there is no such token, a
+        newline."""
         return self.tok_encode("\n")[0] if self.eot_token_id is None else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
@@ -175,12 +187,13 @@ class JAXNanoGPT(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
                               disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would give it) of each continuation; requests: (cache key, context,
-        continuation). As lm-eval does: too long a context loses its beginning, the last token is only a target."""
+        """(log-probability, would greedy decoding give it) of each continuation; requests: (cache key,
+        context, continuation). As in lm-eval, too long a context loses its beginning."""
         L = self.max_length
         for _, context, continuation in requests:
-            require(0 < len(continuation) <= L and len(context) > 0, f"a context of {len(context)} tokens and a continuation "
-                    f"of {len(continuation)} cannot be scored with block_size={L}")
+            require(0 < len(continuation) <= L and len(context) > 0, f"a continuation of {len(continuation)} "
+                    f"tokens after {len(context)} cannot be scored with block_size={L}")
+        # The last token is only a target.
         sequences = [(context + continuation)[-L - 1:-1] for _, context, continuation in requests]
         graphdef, params = nnx.split(self.model)
         logprob, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
@@ -206,12 +219,13 @@ class JAXNanoGPT(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in lm-eval's windows: each token once, with as much context as fits."""
+        """Log-probability of whole texts in lm-eval's windows, each token once."""
         windows, owners = [], []
         for i, request in enumerate(requests):
-            pairs = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)
-            new = [(None, *make_disjoint_window(pair)) for pair in pairs]
-            windows, owners = windows + new, owners + [i] * len(new)
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(i)
         totals = [0.0] * len(requests)
         for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
             totals[i] += logprob
@@ -223,7 +237,8 @@ class JAXNanoGPT(TemplateLM):
         """Text generated after each context up to the first of its stop strings, which is left out."""
         results, B = [], 8 if self.batch_size == "auto" else self.batch_size
         by_length = lambda args: (-len(self.tok_encode(args[0])), args[0])
-        order = Collator([request.args for request in requests], by_length, group_by="gen_kwargs", group_fn=lambda args: args[1])
+        order = Collator([request.args for request in requests], by_length, group_by="gen_kwargs",
+                         group_fn=lambda args: args[1])
         bar = tqdm(total=len(requests), desc="generate", disable=disable_tqdm)
         for chunk in order.get_batched(n=B):
             contexts, gen_kwargs = [context for context, _ in chunk], chunk[0][1]
@@ -243,10 +258,10 @@ class JAXNanoGPT(TemplateLM):
         how = {"temperature": kwargs.pop("temperature", 1.0) if kwargs.pop("do_sample") else 0.0,
                "top_k": kwargs.pop("top_k", 50), "top_p": kwargs.pop("top_p", 1.0)}  # transformers' defaults
         require(not kwargs, f"not implemented among the generation_kwargs: {kwargs}")
-        require(n < self.max_length, f"max_gen_toks={n} leaves no room for a context in block_size={self.max_length}")
+        require(n < self.max_length, f"max_gen_toks={n} leaves no context in block_size={self.max_length}")
         prompts = [self.tok_encode(c)[n - self.max_length:] or [self.prefix_token_id] for c in contexts]
         new = [[] for _ in prompts]
-        for burst in self.model.stream(prompts, n, **how, seed=seed, stop_token=eos):
+        for burst in self.generator.stream(prompts, n, **how, seed=seed, stop_token=eos):
             new = [a + b for a, b in zip(new, burst)]
             texts = [self.text.decode(tokens) for tokens in new]
             if all(any(stop in text for stop in stops) for text in texts):
@@ -255,18 +270,20 @@ class JAXNanoGPT(TemplateLM):
 
 
 def load_tasks(names: list[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's tasks and those in include_path. Raises ValueError unless the data of all that are named is at hand."""
+    """lm-eval's tasks and those in include_path. Raises ValueError unless all that are named can be
+    loaded."""
     require(include_path is None or include_path.is_dir(), f"include_path={include_path} is no directory")
     manager = TaskManager(include_path=include_path)
     for name in names:
-        require(name in manager.all_tasks, f"there is no task {name!r}: `lm_eval ls tasks` lists those of lm-eval, "
-                "--include_path=DIR adds the YAML files of a directory")
+        require(name in manager.all_tasks, f"there is no task {name!r}: `lm_eval ls tasks` lists those of "
+                "lm-eval; --include_path=DIR adds your own")
         try:
             manager.load([name])
         except OSError as e:  # no network, or no such file or data set
-            raise ValueError(f"cannot get the data of task {name}: {e}. To use a local file, copy the task's YAML, give it "
-                             "`dataset_path: json` and `dataset_kwargs: {data_files: {validation: FILE.jsonl}}`, and pass "
-                             "its directory as --include_path") from e
+            raise ValueError(
+                f"cannot get the data of task {name}: {e}. For a local file, copy the task's YAML, give it another"
+                " name, `dataset_path: json` and `dataset_kwargs: {data_files: {validation: FILE.jsonl}}`, and pass"
+                " its directory as --include_path") from e
     return manager
 
 

@@ -1,8 +1,8 @@
 """GPT-2 weights from and to Hugging Face's form, as numpy arrays. No JAX in here.
 
 Apart from model.py because most of it is about the Hub, file formats and what can be wrong with a file; the
-model sees finished arrays. A checkpoint is data from strangers: names, shapes, dtypes and sizes are checked before
-anything is allocated, nothing in it is ever executed, and what is wrong raises ValueError with a sentence.
+model sees finished arrays. A checkpoint is data from strangers: names, shapes, dtypes and sizes are checked
+before anything is allocated, nothing in it is executed, and what is wrong raises ValueError with a sentence.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from config import GPTConfig, require
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
-# What may be said otherwise than the checkpoint does; block_size may only shrink, bias=False needs zero biases.
+# May differ from the checkpoint; block_size may only shrink, bias=False needs biases of zero.
 OVERRIDES = ("dropout", "block_size", "bias", "vocab_multiple", "dtype", "remat", "scan_unroll")
 SIZES = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
          "n_embd": "n_embd"}
@@ -54,20 +54,21 @@ class Stored(NamedTuple):
 
 
 def read(name_or_dir: str | Path, *, put: Callable = np.asarray, **overrides) -> tuple[GPTConfig, dict]:
-    """(config, params as GPT.params() has them: nested dict of float32, stacked layers, wte padded with zeros).
+    """(config, params as GPT.params() has them: nested dict of float32, layers stacked, wte padded with
+    zeros).
 
-    name_or_dir: gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face Hub or its cache, or a directory with
-    a GPT-2 in Hugging Face's form (./gpt2 is a directory). overrides: fields of GPTConfig, see OVERRIDES; as in
-    nanoGPT, dropout is 0 unless overridden. A checkpoint always has biases; bias=False leaves them out if all are
-    zero, as `write` makes them. put takes each finished array, so that no second copy of the weights need exist.
-    Raises ValueError."""
+    name_or_dir: gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face Hub or its cache, or a
+    directory with a GPT-2 in Hugging Face's form (./gpt2 is a directory). overrides: fields of GPTConfig, see
+    OVERRIDES; as in nanoGPT, dropout is 0 unless overridden. A checkpoint always has biases; bias=False
+    leaves them out if all are zero, as `write` makes them. put takes each finished array, so that no second
+    copy of the weights need exist. Raises ValueError."""
     directory = fetch(name_or_dir, "config.json", "model.safetensors")
     stored = read_config(directory / "config.json")
     config = overridden(stored, overrides)
     tensors = open_checkpoint(directory, stored)
     if "lm_head.weight" in tensors:
         tied = np.array_equal(tensors.pop("lm_head.weight").read(), tensors["wte.weight"].read())
-        require(tied, f"{directory}: lm_head.weight differs from wte.weight; only a head tied to it is implemented")
+        require(tied, f"{directory}: lm_head.weight is not wte.weight; only a tied head is implemented")
     params = {}
     # The largest first, while there is room: each array exists twice for the moment in which put copies it.
     names = {path: hf_names(path, stored.n_layer) for path in shapes(stored)}
@@ -84,8 +85,8 @@ def read(name_or_dir: str | Path, *, put: Callable = np.asarray, **overrides) ->
 
 
 def stacked(tensors: dict[str, Stored], names: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    """The tensors of these names, which leave the dict, as one array (len(names), *shape) float32; their rows are
-    cropped or filled up with zeros."""
+    """The tensors of these names, which leave the dict, as one array (len(names), *shape) float32; rows
+    beyond the shape are left out, missing ones are zeros."""
     out = np.zeros((len(names), *shape), np.float32)
     for layer, name in zip(out, names):
         values = tensors.pop(name).read()[:shape[0]]
@@ -94,7 +95,7 @@ def stacked(tensors: dict[str, Stored], names: list[str], shape: tuple[int, ...]
 
 
 def fetch(name_or_dir: str | Path, *files: str) -> Path:
-    """A local directory as it is; for a name of HUB its directory in the cache, files downloaded if need be."""
+    """A local directory as it is; for a name of HUB its directory in the cache, with files downloaded."""
     if name_or_dir not in HUB:
         require(Path(name_or_dir).is_dir(), f"there is no directory {name_or_dir}; the models that can be "
                 f"downloaded are {', '.join(HUB)}")
@@ -105,8 +106,8 @@ def fetch(name_or_dir: str | Path, *files: str) -> Path:
         try:
             path = hub.hf_hub_download(HUB[name_or_dir], file)  # by way of the cache; shows its own progress
         except Exception as e:  # whatever the client and the libraries under it raise, there is no model
-            raise ValueError(f"cannot get {file} of {HUB[name_or_dir]} from {hub.constants.ENDPOINT} or the cache: "
-                             f"{first_line(e)} ({type(e).__name__}); a local directory needs no network") from e
+            raise ValueError(f"cannot get {file} of {HUB[name_or_dir]} from {hub.constants.ENDPOINT} or the "
+                             f"cache: {first_line(e)} ({type(e).__name__}); a directory needs none") from e
     return Path(path).parent
 
 
@@ -132,7 +133,8 @@ def read_config(path: Path) -> GPTConfig:
     activation, epsilon = hf.get("activation_function", "gelu_new"), hf.get("layer_norm_epsilon", 1e-5)
     require(activation in ACTIVATIONS, f"{path}: activation_function={activation!r} is not implemented, only "
             f"{', '.join(ACTIVATIONS)}")
-    require(type(epsilon) is float and 0 < epsilon < 1, f"{path}: layer_norm_epsilon={epsilon!r} is not in (0, 1)")
+    require(type(epsilon) is float and 0 < epsilon < 1, f"{path}: layer_norm_epsilon={epsilon!r} is not in "
+            "(0, 1)")
     return GPTConfig(**sizes, activation=activation, layer_norm_epsilon=epsilon)
 
 
@@ -176,15 +178,15 @@ def nested(flat: dict) -> dict:
 
 
 def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
-    """The tensors by name, without "transformer." and without buffers: exactly those that config asks for, by shape
-    and dtype too, and lm_head.weight where there is one."""
+    """The tensors by name, without "transformer." and without buffers: exactly those that config asks for, of
+    the right shape and dtype, and lm_head.weight where there is one."""
     for file, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
         index = directory / f"{file}.index.json"
         if (directory / file).is_file() or index.is_file():
             files = [directory / file] if (directory / file).is_file() else shards(index)
             break
     else:
-        raise ValueError(f"{directory} has no weights: no model.safetensors, pytorch_model.bin or index.json of either")
+        raise ValueError(f"{directory} has neither model.safetensors nor pytorch_model.bin, whole or as shards")
     tensors = {}
     for path in files:
         for name, tensor in open_file(path).items():
@@ -192,19 +194,20 @@ def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
             if not BUFFER.fullmatch(name):
                 require(name not in tensors, f"{path}: {name} is there twice")
                 tensors[name] = tensor
-    require(config.n_layer <= len(tensors), f"{directory}: config.json has n_layer={config.n_layer}, but there are "
-            f"only {len(tensors)} tensors")  # before so many names are made
-    expected = {name: shape for path, shape in shapes(config).items() for name in hf_names(path, config.n_layer)}
-    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - {*expected, "lm_head.weight"}
     misfit = f"{directory} is not the GPT-2 that its config.json describes"
-    require(not missing and not unexpected, f"{misfit}: missing {listed(missing)}; unexpected {listed(unexpected)}")
-    expected["lm_head.weight"] = expected["wte.weight"]
-    wrong = [f"{name} is {t.shape}, not {expected[name]}" for name, t in tensors.items() if t.shape != expected[name]]
+    require(config.n_layer <= len(tensors), f"{misfit}: n_layer={config.n_layer}, but there are only "
+            f"{len(tensors)} tensors")  # before so many names are made
+    want = {name: shape for path, shape in shapes(config).items() for name in hf_names(path, config.n_layer)}
+    missing, unexpected = want.keys() - tensors.keys(), tensors.keys() - {*want, "lm_head.weight"}
+    require(not missing and not unexpected,
+            f"{misfit}: missing {listed(missing)}; unexpected {listed(unexpected)}")
+    want["lm_head.weight"] = want["wte.weight"]
+    wrong = [f"{name} is {t.shape}, not {want[name]}" for name, t in tensors.items() if t.shape != want[name]]
     require(not wrong, f"{misfit}: {listed(wrong)}")
     wrong = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in ("F32", "F16", "BF16")]
     require(not wrong, f"{directory}: weights must be F32, F16 or BF16, but {listed(wrong)}")
     least, size = 2 * config.num_params(), sum(path.stat().st_size for path in files)
-    require(least <= size, f"{directory}: so many weights take {least} bytes or more, but the files have {size}")
+    require(least <= size, f"{directory}: the weights take at least {least} bytes, but the files have {size}")
     return tensors
 
 
@@ -244,9 +247,10 @@ def open_torch(path: Path) -> dict[str, Stored]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         require(isinstance(tensors, dict), f"it is a {type(tensors).__name__}")
         for name, t in tensors.items():
-            require(type(name) is str and type(t) in (torch.Tensor, torch.nn.Parameter), f"{name} is {type(t)}")
+            require(type(name) is str and type(t) in (torch.Tensor, torch.nn.Parameter),
+                    f"{name} is a {type(t).__name__}")
     except Exception as e:  # a hostile file can raise anything in an unpickler
-        raise ValueError(f"{path} is truncated, or holds something else than tensors by name; nothing in it was run: "
+        raise ValueError(f"{path} is truncated or holds something else than tensors by name, none of it was run: "
                          f"{first_line(e)}") from e
     dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     load = lambda t: lambda: t.detach().float().numpy()  # float, because numpy does not know torch's bfloat16
@@ -277,11 +281,11 @@ def first_line(e: Exception) -> str:
 
 def write(directory: str | Path, config: GPTConfig, params: dict, tok: tokenizer.Tokenizer) -> None:
     """A directory that transformers, and so vLLM and llama.cpp's converter, load as it is: config.json,
-    generation_config.json, model.safetensors in float32 and the tokenizer's files. It appears complete or not at
-    all; an existing one is refused (ValueError).
+    generation_config.json, model.safetensors in float32 and the tokenizer's files. It appears complete or not
+    at all; an existing one is refused (ValueError).
 
-    params as GPT.params() has them; they keep their bits. The vocabulary padding is left out. Hugging Face's GPT-2
-    always has biases: for bias=False they are written as zeros."""
+    params as GPT.params() has them; they keep their bits. The vocabulary padding is left out. Hugging Face's
+    GPT-2 always has biases: for bias=False they are written as zeros."""
     from safetensors.numpy import save_file
 
     directory = Path(directory)
@@ -312,8 +316,9 @@ def write(directory: str | Path, config: GPTConfig, params: dict, tok: tokenizer
 
 
 def write_tokenizer(directory: Path, tok: tokenizer.Tokenizer, block_size: int) -> None:
-    """tokenizer.json, vocab.json, merges.txt and tokenizer_config.json: AutoTokenizer then encodes as tok does,
-    but reads the text of a special token as that token, and drops characters that a CharTokenizer refuses."""
+    """tokenizer.json, vocab.json, merges.txt and tokenizer_config.json: AutoTokenizer then encodes as tok
+    does, but reads the text of a special token as that token, and drops characters that a CharTokenizer
+    refuses."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
