@@ -220,7 +220,7 @@ async def stream(url: urllib.parse.SplitResult, body: dict) -> list[tuple[float,
     lines = [(time.perf_counter(), line) async for line in reader]
     writer.close()
     status, whole = int(lines[0][1].split()[1]), [line for _, line in lines]
-    configs.require(status in (200, 429) and (status == 429 or b"data: [DONE]\n" in whole), f"{url.geturl()} answered {lines[-1][1].decode()}")
+    configs.require(status == 429 or (status == 200 and b"data: [DONE]\n" in whole), f"{url.geturl()} answered {whole[-1].decode()}")
     events = [(at, json.loads(line[6:])) for at, line in lines if line.startswith(b"data: {")]
     return [(at, len(event["choices"][0]["token_ids"])) for at, event in events if event["choices"][0]["token_ids"]]
 
@@ -245,7 +245,7 @@ async def load(config: BenchServeConfig, rate: float) -> dict:
     ms = lambda a: {name: round(1e3 * float(f(a)), 2) for name, f in
                     (("mean", np.mean), ("median", np.median), ("p99", lambda a: np.quantile(a, 0.99)))}
     good = ((ttft <= config.ttft_limit) & (tpot <= config.tpot_limit)).sum()
-    return {"rate": rate, "completed": len(done), "refused": len(streams) - len(done), "tokens_per_s": round(tokens / seconds, 1),
+    return {"rate": rate if math.isfinite(rate) else "inf", "completed": len(done), "refused": len(streams) - len(done), "tokens_per_s": round(tokens / seconds, 1),
             "requests_per_s": round(len(done) / seconds, 2), "goodput_requests_per_s": round(good / seconds, 2),
             "ttft_ms": ms(ttft), "tpot_ms": ms(tpot), "itl_ms": ms(itl) if len(itl) else None}
 
@@ -256,7 +256,7 @@ def engine_alone(config: BenchServeConfig) -> Callable:
     from engine import Engine
     from scheduler import SamplingParams
 
-    serve = ServeConfig(**({"out_dir": config.out_dir} if config.out_dir else {}), init_from=config.init_from, engine=config.engine)
+    serve = ServeConfig(out_dir=config.out_dir or ServeConfig.out_dir, init_from=config.init_from)
     engine = Engine(*server.load(serve), config.engine, progress=False)
 
     def run(n: int) -> None:
@@ -315,7 +315,8 @@ def plot_serve(config: BenchServeConfig, results: list[dict]) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     load_ = [r["requests_per_s"] for r in results]
-    for axis, (key, title) in zip(axes, (("ttft_ms", "time to first token"), ("tpot_ms", "time per output token"), ("itl_ms", "inter-token latency"))):
+    titles = {"ttft_ms": "time to first token", "tpot_ms": "time per output token", "itl_ms": "inter-token latency"}
+    for axis, (key, title) in zip(axes, titles.items()):
         for which in ("median", "mean", "p99"):
             axis.plot(load_, [r[key][which] if r[key] else math.nan for r in results], marker="o", label=which)
         axis.set(title=title, xlabel="requests per second completed", ylabel="ms", ylim=(0, None))

@@ -303,7 +303,8 @@ class ServeConfig:
     port: int = 8000
     """0 takes a free one; the log says which"""
     api_key: str | None = dataclasses.field(default=None, repr=False)
-    """what clients must show on every route but /health; better in the environment, as NANOGPT_API_KEY, where ps does not show it"""
+    """what clients must show on every route but /health; better in the environment, as NANOGPT_API_KEY, which ps does not
+    show"""
     cors_origins: tuple[str, ...] = ()
     """pages of these origins may call the API from a browser"""
     # What one client may ask for.

@@ -179,7 +179,8 @@ class APIError(Exception):
         super().__init__(message)
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         self.status, self.headers = status, headers
-        clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]  # JSON may hold half a surrogate pair
+        # JSON may hold half a surrogate pair, which UTF-8 has no bytes for.
+        clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]
         self.body = Error(error=ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code))
 
     def response(self) -> Response:

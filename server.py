@@ -75,10 +75,11 @@ class Sample:
         for token, _ in entries:
             offsets.append(self.offset)
             self.offset += len(self.decoder.push([token]))
+        tops = [entry and likeliest(entry, self.body.logprobs) for _, entry in entries]
         return LogprobLists(
             tokens=[self.text(token) for token, _ in entries], text_offset=offsets,
             token_logprobs=[entry and entry.logprob for _, entry in entries],
-            top_logprobs=[entry and {self.text(t): p for t, p in likeliest(entry, self.body.logprobs).items()} for _, entry in entries])
+            top_logprobs=[top and {self.text(t): p for t, p in top.items()} for top in tops])
 
     def text(self, token: int) -> str:
         """Of one token, as OpenAI writes it: bytes that are no whole UTF-8 by their numbers."""
@@ -155,7 +156,8 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
 
     def check_model(name: str | None) -> None:
         if name not in (None, config.model_name):
-            raise APIError(404, f"there is no model {name!r} here, only {config.model_name!r}", param="model", code="model_not_found")
+            raise APIError(404, f"there is no model {name!r} here, only {config.model_name!r}", param="model",
+                           code="model_not_found")
 
     async def encode(text: str) -> list[int]:
         try:
@@ -229,7 +231,8 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
     async def detokenize(body: protocol.DetokenizeRequest) -> protocol.Text:
         check_model(body.model)
         if wrong := [t for t in body.tokens if t >= tokenizer.vocab_size]:
-            raise APIError(400, f"tokens has token {wrong[0]}, and the vocabulary ends at {tokenizer.vocab_size - 1}", param="tokens")
+            raise APIError(400, f"tokens has token {wrong[0]}, and the vocabulary ends at {tokenizer.vocab_size - 1}",
+                           param="tokens")
         return protocol.Text(prompt=tokenizer.decode(body.tokens))
 
     @app.get("/health")
@@ -240,7 +243,8 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
 
     @app.get("/metrics", response_class=fastapi.responses.PlainTextResponse)
     async def metrics() -> Response:
-        return Response(prometheus_client.generate_latest(worker.metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        text = prometheus_client.generate_latest(worker.metrics.registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version() -> protocol.Version:
@@ -251,7 +255,8 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
         """Who holds which page of the KV cache, as of now."""
         stats, pages, names = await worker.ask(lambda engine: (
             engine.stats(), engine.snapshot(), {i: job.request_id for i, (job, _) in worker.jobs.items()}))
-        used = [protocol.Page(page=i, holders=holders, cached=cached) for i, (holders, cached) in enumerate(pages) if holders or cached]
+        used = [protocol.Page(page=i, holders=holders, cached=cached)
+                for i, (holders, cached) in enumerate(pages) if holders or cached]
         return protocol.Pool(pages=len(pages), page_size=config.engine.page_size, running=stats.running, waiting=stats.waiting,
                              requests=names, used=used)
 
@@ -304,7 +309,8 @@ class Gate:
                 await refusal.response()(scope, receive, send_with_id)
         finally:
             entry["seconds"] = round(time.perf_counter() - begin, 4)
-            log.log(logging.DEBUG if scope["path"] in ("/health", "/metrics", "/pool") else logging.INFO, "request", extra={"entry": entry})
+            often = scope["path"] in ("/health", "/metrics", "/pool")
+            log.log(logging.DEBUG if often else logging.INFO, "request", extra={"entry": entry})
 
     def allows(self, authorization: bytes) -> bool:
         """Bearer KEY, or a browser's Basic with KEY as the password. Compared in constant time."""
@@ -364,7 +370,8 @@ class JSONLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage(), **getattr(record, "entry", {})}
+        line = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage(),
+                **getattr(record, "entry", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -389,7 +396,8 @@ def main(config: ServeConfig) -> None:
     log.info("serving %s at http://%s:%d", config.model_name, *listener.getsockname()[:2])
 
     async def run() -> None:
-        server = Server(config, lambda: Engine(model, tokenizer, config.engine, progress=False), tokenizer, model.config.block_size)
+        make_engine = lambda: Engine(model, tokenizer, config.engine, progress=False)
+        server = Server(config, make_engine, tokenizer, model.config.block_size)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, server.drain)
         await server.serve([listener])
