@@ -388,7 +388,8 @@ def main(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    log.setLevel(logging.INFO)
     sys.setswitchinterval(5e-4)  # seconds; by default the event loop waits 5 ms for a busy engine thread to give way
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY"))
     model, tokenizer = load(config)
