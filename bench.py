@@ -1,4 +1,4 @@
-"""Measure, in one run, against peers: python bench.py train|compile|serve [--key=value ...]
+"""Measure, in one run, against peers: python bench.py train|compile|generate|serve [--key=value ...]
 
 Contenders run in processes of their own and take turns, so that a machine whose speed drifts is fair to all; medians count. The last
 line printed is one JSON object. Its `ratio` is ours over the best peer: above 1, ours is faster.
@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import BenchCompileConfig, BenchServeConfig, BenchTrainConfig, ServeConfig, TrainConfig
+from config import BenchCompileConfig, BenchGenerateConfig, BenchServeConfig, BenchTrainConfig, ServeConfig, TrainConfig
 
 
 class Contender:
     """A process of its own that makes something ready with make(*args) -> run, and then, whenever asked, times run(n).
 
-    run(n) does n units of work and returns when they are done."""
+    run(n) does n units of work and returns when they are done; run.warm_up(), by default run(2), is not timed."""
 
     def __init__(self, make: Callable, *args):
         context = multiprocessing.get_context("spawn")
@@ -65,7 +65,7 @@ class Contender:
 
 def contend(pipe, make: Callable, args: tuple) -> None:
     run = make(*args)
-    run(2)  # compiles
+    getattr(run, "warm_up", lambda: run(2))()
     pipe.send("ready")
     while (n := pipe.recv()) is not None:
         begin = time.perf_counter()
@@ -200,6 +200,196 @@ def bench_compile(config: BenchCompileConfig) -> dict:
     return {"bench": "compile", "preset": config.preset, "seconds": seconds}
 
 
+def generate_requests(config: BenchGenerateConfig) -> list[tuple[list[int], int]]:
+    """Prompts, and how many tokens are to follow each."""
+    rng = np.random.default_rng(config.seed)
+    draw = lambda low_high: int(rng.integers(*low_high, endpoint=True))
+    return [(rng.integers(config.model.vocab_size, size=draw(config.prompt_tokens)).tolist(), draw(config.output_tokens))
+            for _ in range(config.requests)]
+
+
+def stream_requests(config: BenchGenerateConfig, streams: int) -> list[tuple[list[int], int]]:
+    return [(np.random.default_rng(i).integers(config.model.vocab_size, size=16).tolist(), 64) for i in range(streams)]
+
+
+def padded_batches(requests: list, size: int) -> list[tuple[list[list[int]], int]]:
+    """Batches of `size` requests in their order: prompts, and the tokens of the longest output, which all have to wait for."""
+    batches = [requests[i:i + size] for i in range(0, len(requests), size)]
+    return [([prompt for prompt, _ in batch], max(n for _, n in batch)) for batch in batches]
+
+
+def ours_generate(config: BenchGenerateConfig, requests: list) -> Callable:
+    """The engine. Reports the share of held page slots that hold tokens, and more, as means over all steps."""
+    from flax import nnx
+
+    from engine import Engine, SamplingParams
+    from model import GPT
+
+    engine = Engine(GPT(config.model, rngs=nnx.Rngs(0)), None, config.engine, progress=False)
+    steps, saturated = [], []
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            engine.blocks.forget()  # else the second turn finds every prompt in the prefix cache
+            for prompt, max_tokens in requests:
+                engine.add(prompt, SamplingParams(max_tokens=max_tokens, temperature=0))
+            while engine.busy:
+                wall, host = time.perf_counter(), time.thread_time()
+                engine.step()
+                host, wall = time.thread_time() - host, time.perf_counter() - wall
+                stats = engine.stats()
+                if stats.pages_held:
+                    steps.append((stats.tokens_held / stats.pages_held / config.engine.page_size, stats.running, host, wall))
+                    if stats.waiting and stats.pages_held > 0.9 * stats.pages:
+                        saturated.append(stats.running)
+
+    def report() -> dict:
+        utilization, running, host, wall = np.mean(steps, axis=0).tolist()
+        result = {"kv_utilization": round(utilization, 4), "running": round(running, 2), "host_share": round(host / wall, 4),
+                  "ms_per_step": round(wall * 1e3, 2)}
+        if saturated:  # what as many slots would hold if each sequence had its own row of a dense cache, and all waited for the longest
+            longest = max(len(prompt) + n for prompt, n in requests)
+            outputs = [n for _, n in requests]
+            rows = (engine.blocks.num_pages - 1) * config.engine.page_size / longest
+            result["in_flight"] = {"paged": round(float(np.mean(saturated)), 2),
+                                   "dense_same_memory": round(rows * float(np.mean(outputs)) / max(outputs), 2)}
+        return result
+
+    run.memory, run.warm_up = report, lambda: None
+    return run
+
+
+def ours_dense(config: BenchGenerateConfig, requests: list, batch_size: int) -> Callable:
+    from flax import nnx
+
+    from model import GPT
+
+    model = GPT(config.model, rngs=nnx.Rngs(0)).for_inference()
+
+    def run(n: int) -> None:
+        for prompts, longest in padded_batches(requests, batch_size) * n:
+            model.generate(prompts, longest, temperature=0)
+
+    run.warm_up = lambda: run(1)
+    return run
+
+
+def hf_model(config: BenchGenerateConfig):
+    import torch
+    import transformers
+
+    c = config.model
+    shape = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    model = transformers.GPT2LMHeadModel(shape).to(getattr(torch, c.dtype)).eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None  # nothing ends early
+    model.generation_config.pad_token_id = 0
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hf_padded(config: BenchGenerateConfig, requests: list, batch_size: int) -> Callable:
+    """transformers' generate on left-padded batches."""
+    import torch
+
+    model = hf_model(config)
+
+    def generate(prompts: list, n: int) -> None:
+        T = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        assert model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=n).shape[1] == T + n
+
+    def run(n: int) -> None:
+        for prompts, longest in padded_batches(requests, batch_size) * n:
+            generate(prompts, longest)
+
+    run.warm_up = lambda: generate(padded_batches(requests, batch_size)[0][0], 4)
+    return run
+
+
+def hf_continuous(config: BenchGenerateConfig, requests: list) -> Callable:
+    """transformers' own continuous batching, with pages for all requests at once."""
+    from transformers import ContinuousBatchingConfig
+
+    model, page = hf_model(config), 256
+    pages = sum(-(-(len(prompt) + n) // page) for prompt, n in requests)
+    settings = ContinuousBatchingConfig(page_size=page, num_blocks=pages + 1, max_batch_tokens=config.engine.prefill_tokens + len(requests))
+
+    def generate(requests: list) -> None:
+        with model.continuous_batching_context_manager(continuous_batching_config=settings) as manager:
+            for prompt, n in requests:
+                manager.add_request(prompt, max_new_tokens=n)
+            for _ in requests:
+                result = manager.get_result()
+                assert result is not None and not result.error, f"continuous batching: {result and result.error}"
+
+    run = lambda n: [generate(requests) for _ in range(n)]
+    run.warm_up = lambda: generate([(prompt, 4) for prompt, _ in requests[:2]])
+    return run
+
+
+def dense_utilization(requests: list, batch_size: int) -> float:
+    """Share of the slots of a dense cache, padded to the longest row, that hold tokens of unfinished rows, mean over steps."""
+    shares = []
+    for i in range(0, len(requests), batch_size):
+        prompts, outputs = np.array([(len(prompt), n) for prompt, n in requests[i:i + batch_size]]).T
+        held = [(prompts + step)[outputs > step].sum() for step in range(outputs.max())]
+        shares += [h / (len(prompts) * (prompts.max() + outputs.max())) for h in held]
+    return float(np.mean(shares))
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which this process's device reads memory: the sum of a large array, best of ten."""
+    import jax
+    import jax.numpy as jnp
+
+    x, total, best = jnp.ones(2**27), jax.jit(jnp.sum), math.inf
+    for _ in range(10):
+        begin = time.perf_counter()
+        total(x).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return x.nbytes / best
+
+
+def race(contenders: dict[str, Contender], rounds: int, tokens: int) -> dict:
+    """Take turns at one job of so many tokens; the figures of each, and ours over the best peer as `ratio`."""
+    take_turns(contenders, rounds, 1)
+    results = {}
+    for name, contender in contenders.items():
+        results[name] = {"tokens_per_s": round(tokens / contender.median, 1), **contender.close()}
+        print(f"{name:24}" + ", ".join(f"{key} {value}" for key, value in results[name].items()), flush=True)
+    peers = [c.median for name, c in contenders.items() if name != "ours"]
+    return results | ({"ratio": round(min(peers) / contenders["ours"].median, 3)} if peers else {})
+
+
+def bench_generate(config: BenchGenerateConfig) -> dict:
+    """Useful tokens per second on one job, then milliseconds per step of equal streams."""
+    requests = generate_requests(config)
+    contenders = {"ours": Contender(ours_generate, config, requests)}
+    padded = {"dense": ours_dense, "transformers": hf_padded}
+    for peer in config.peers:
+        if peer in padded:
+            contenders |= {f"{peer}_{b}": Contender(padded[peer], config, requests, b) for b in config.batch_sizes}
+        else:
+            contenders[peer] = Contender(hf_continuous, config, requests)
+    report = {"bench": "generate", "dtype": config.model.dtype, **race(contenders, config.rounds, sum(n for _, n in requests))}
+    ours = report["ours"]
+    report["kv_utilization"] = ours["kv_utilization"]
+    report["kv_utilization_dense"] = {b: round(dense_utilization(requests, b), 4) for b in config.batch_sizes}
+    report["streams"] = {}
+    for streams in config.streams:
+        few = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_num_seqs=streams, prefill_tokens=64))
+        job = stream_requests(config, streams)
+        contenders = {"ours": Contender(ours_generate, few, job)}
+        contenders |= {peer: Contender(padded[peer], few, job, streams) for peer in config.peers if peer in padded}
+        report["streams"][streams] = race(contenders, config.rounds, 64 * streams)
+    # A step reads every weight once, and the keys and values of its sequences.
+    bandwidth, itemsize = read_bandwidth(), np.dtype(np.float32).itemsize if config.model.dtype == "float32" else 2
+    weights = config.model.num_params(embeddings=False) * itemsize
+    report["bandwidth_gb_per_s"] = round(bandwidth / 1e9, 1)
+    report["single_stream_limit_tokens_per_s"] = round(bandwidth / weights, 1)
+    return report
+
+
 def serve_requests(config: BenchServeConfig) -> list[dict]:
     """The bodies of the requests. Their lengths go by the seed, their tokens are new each time: no prefix is in the cache."""
     lengths, tokens = np.random.default_rng(config.seed), np.random.default_rng()
@@ -324,7 +514,7 @@ def plot_serve(config: BenchServeConfig, results: list[dict]) -> None:
     figure.savefig(config.plot, dpi=120)
 
 
-RUN = {BenchTrainConfig: bench_train, BenchCompileConfig: bench_compile, BenchServeConfig: bench_serve}
+RUN = {BenchTrainConfig: bench_train, BenchCompileConfig: bench_compile, BenchGenerateConfig: bench_generate, BenchServeConfig: bench_serve}
 
 if __name__ == "__main__":
     with configs.user_errors():

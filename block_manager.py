@@ -104,6 +104,11 @@ class BlockManager:
         for page in self.tables[child]:
             self.refs[page] += 1
 
+    def forget(self) -> None:
+        """Empties the prefix cache."""
+        self.page_of.clear()
+        self.cached.clear()
+
     def free(self, seq: Hashable) -> None:
         """Takes the table of seq away. Its last pages come first in the queue: a prefix is worth more than what follows it."""
         for page in reversed(self.tables.pop(seq)):

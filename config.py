@@ -276,8 +276,8 @@ class EngineConfig:
     """implementation of attention over pages (default: by device)"""
 
     def __post_init__(self):
-        for name in ("page_size", "kv_cache_memory", "max_num_seqs"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("page_size", 2), ("kv_cache_memory", 1), ("max_num_seqs", 1)):
+            require(getattr(self, name) >= least, f"{name}={getattr(self, name)} must be at least {least}")
         for name, value in (("prefill_tokens", self.prefill_tokens), ("chunk_size", self.chunk_size)):
             require(value is None or (value >= 1 and value % self.page_size == 0),
                     f"{name}={value} must be a positive multiple of page_size={self.page_size}")
@@ -438,6 +438,36 @@ class BenchCompileConfig:
 
 
 @dataclass(frozen=True)
+class BenchGenerateConfig:
+    """Tokens per second of the engine on requests of unequal length, then latency of a few equal streams, with random weights."""
+
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = GPTConfig()
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = EngineConfig()
+    requests: int = 32
+    """with prompts and outputs of random lengths, all there from the start; nano-vllm's job is 256 of 100 to 1024 tokens each"""
+    prompt_tokens: tuple[int, int] = (16, 128)
+    """fewest and most tokens of a prompt"""
+    output_tokens: tuple[int, int] = (16, 128)
+    """fewest and most tokens of an output"""
+    seed: int = 1337
+    """of the lengths and the tokens"""
+    peers: tuple[Literal["dense", "transformers", "transformers_continuous"], ...] = ("dense", "transformers", "transformers_continuous")
+    """to race against: our own dense generate and transformers' in padded batches, and transformers' continuous batching"""
+    batch_sizes: tuple[int, ...] = (8, 32)
+    """of the padded batches"""
+    streams: tuple[int, ...] = (1, 8)
+    """numbers of sequences, of 16 and then 64 new tokens, whose time per step is taken"""
+    rounds: int = 3
+    """turns of each contender; medians count"""
+
+    def __post_init__(self):
+        require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
+        require_ranges(self, "prompt_tokens", "output_tokens")
+        most = self.prompt_tokens[1] + self.output_tokens[1]
+        require(most <= self.model.block_size, f"prompts and outputs of up to {most} tokens do not fit block_size={self.model.block_size}")
+
+
+@dataclass(frozen=True)
 class BenchServeConfig:
     """Latency and throughput of a running server under open-loop load, and what HTTP costs over the engine alone."""
 
@@ -470,14 +500,19 @@ class BenchServeConfig:
     def __post_init__(self):
         require(self.rates and min(self.rates) > 0, "rates must be positive")
         require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
-        for name in ("prompt_tokens", "output_tokens"):
-            low, high = getattr(self, name)
-            require(1 <= low <= high, f"{name}={low} {high}: the first must be at least 1, the second no less than it")
+        require_ranges(self, "prompt_tokens", "output_tokens")
+
+
+def require_ranges(config, *names: str) -> None:
+    for name in names:
+        low, high = getattr(config, name)
+        require(1 <= low <= high, f"{name}={low} {high}: the first must be at least 1, the second no less than it")
 
 
 BENCHES = {
     "train": (BenchTrainConfig, {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
     "compile": (BenchCompileConfig, {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
+    "generate": (BenchGenerateConfig, None),
     "serve": (BenchServeConfig, None),
 }
 

@@ -91,7 +91,7 @@ def test_what_free_pages_hold_changes_nothing(engine):
     """Catches attention over the null page, a stale tail of a page table and slots past a sequence's end: 0 * NaN is NaN."""
     requests = [(p, dataclasses.replace(GREEDY, logprobs=3)) for p in prompts_of([1, 3, 4, 5, 17, 33, 2, 9, 30, 40])]
     clean = run(engine, requests)
-    engine.blocks.page_of.clear(), engine.blocks.cached.clear()
+    engine.blocks.forget()
     engine.pool = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), engine.pool)
     assert run(engine, requests) == clean
 
