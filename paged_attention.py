@@ -61,13 +61,14 @@ class PagedKVCache:
         """Writes k, v (B, T, H, D) of the new tokens into `layer`, then attends causally over each row's pages.
         Returns y (B, T, H, D) float32, zero for padding tokens, and the cache."""
         B, T, H, D = q.shape
+        L, N, pool_H, P, pool_D = self.k_pages.shape
         pos = self.positions(T)  # (B, T)
-        page = jnp.take_along_axis(self.block_tables, pos // self.page_size, axis=1, mode="clip")
+        page = jnp.take_along_axis(self.block_tables, pos // P, axis=1, mode="clip")
         page = jnp.where(jnp.arange(T) < self.new_lens[:, None], page, 0)  # padding writes to the null page
-        # One update more, of the null page: XLA on CPU makes of a scatter of one update what copies the whole pool.
-        again = lambda x: jnp.pad(x, [(0, int(B * T == 1)), *[(0, 0)] * (x.ndim - 1)])
-        at = layer, again(page), slice(None), again(pos % self.page_size)
-        k_pages, v_pages = [pages.at[at].set(pack(again(x), pages))
+        # One flat row per head: indices into some of the five axes make XLA copy the pool, on TPU to lay it out for
+        # them, on CPU when there is one token.
+        at = ((layer * N + page[..., None]) * pool_H + jnp.arange(pool_H)) * P + (pos % P)[..., None]  # (B, T, H)
+        k_pages, v_pages = [pages.reshape(-1, pool_D).at[at].set(pack(x, pages)).reshape(pages.shape)
                             for pages, x in ((self.k_pages, k), (self.v_pages, v))]
         y = paged_attention(q, k_pages, v_pages, self.block_tables, self.context_lens, self.new_lens,
                             layer=layer, scale=D**-0.5, implementation=self.attention)

@@ -53,7 +53,7 @@ MUTANTS = [
     ("reference", "padding written to a row's page", CACHE,
      "page = jnp.where(jnp.arange(T) < self.new_lens[:, None], page, 0)",
      "page = page"),
-    ("reference", "write off by one", CACHE, "again(pos % self.page_size)", "again((pos + 1) % self.page_size)"),
+    ("reference", "write off by one", CACHE, "(pos % P)[..., None]", "((pos + 1) % P)[..., None]"),
     ("reference", "lengths advance by T", CACHE, "jnp.minimum(self.new_lens, T)", "T"),
     ("triton", "mask off by one", DECODE, "seen = pos < length\n", "seen = pos <= length\n"),
     ("triton", "K and V swapped", DECODE, "for ref in (k_ref, v_ref)]  # (TILE, d)", "for ref in (v_ref, k_ref)]"),
@@ -74,7 +74,7 @@ MUTANTS = [
      "t = first + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1)"),
     ("mosaic_tpu", "stale tail", DECODE, "v = jnp.where(written, v_buf[i % 2], 0)", "v = v_buf[i % 2]"),
     ("mosaic_tpu", "half of the buffer mistaken", DECODE, "half = step % 2", "half = 0"),
-    ("mosaic_tpu", "race: one half for both", DECODE, " % 2", " * 0"),
+    ("mosaic_tpu", "one half of the buffer for both", DECODE, " % 2", " * 0"),
     ("mosaic_tpu", "copies not waited for", DECODE, "        copies(i, lambda copy: copy.wait())\n", ""),
     ("mosaic_tpu", "last page not copied", DECODE, "@pl.when(page * P < stop)", "@pl.when(page * P + P < stop)"),
 ]
