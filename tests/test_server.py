@@ -320,18 +320,20 @@ def test_metrics(server):
 def test_client_that_goes_away_frees_its_pages(server, when, stream):
     """Catches: generation that goes on for nobody, whatever the request was doing when its client left."""
     worker, engine = server.server.worker, server.server.worker.engine
+    before, server.step_seconds = worker.stats.generation_tokens, 0.05  # whole, a request would take more than a second
     others = [server.connection({"prompt": "x", "max_tokens": 120}) for _ in range(4)] if when == "queued" else []
     with server.standing() if when == "prefill" else contextlib.nullcontext():
-        client = server.connection({"prompt": "y" * 100, "max_tokens": 20 if when == "prefill" else 28, "stream": stream})
+        client = server.connection({"prompt": "y" * 100, "max_tokens": 28, "stream": stream})
         server.until(lambda: len(worker.open) == len(others) + 1, "arrived")
         if when == "decode":
-            server.until(lambda: worker.stats.generation_tokens, "decoding")
+            server.until(lambda: worker.stats.generation_tokens > before, "decoding")
         client.close()
         for other in others:
             other.close()
         server.until(lambda: not worker.open, "noticed")
-        server.until(lambda: not worker.inbox or when == "prefill", "told to the engine")
+    server.step_seconds = 0.0
     server.until(lambda: not worker.inbox and not engine.busy and server.pages_held() == 0, "freed")
+    assert worker.stats.generation_tokens - before < 28 * (len(others) + 1), "it was generated to its end for nobody"
     engine.blocks.check()
     assert not worker.jobs and worker.queued == 0
 
