@@ -135,7 +135,7 @@ def score(graphdef, params, tokens, depth, end, at, targets, count):
     model = nnx.merge(graphdef, params)
     x, _ = model.hidden(tokens, Trie.create(depth, end, model.config.dtype))
     x = x.reshape(-1, x.shape[-1])  # (B T, C)
-    chunk = at.size // 8
+    chunk = -(-at.size // 8)
 
     def score_chunk(i, out):
         part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk)
@@ -145,7 +145,7 @@ def score(graphdef, params, tokens, depth, end, at, targets, count):
         return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, 0) for a, b in zip(out, new))
 
     empty = jnp.zeros(at.size), jnp.zeros(at.size, bool)
-    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, score_chunk, empty)
+    return jax.lax.fori_loop(0, -(-count // chunk), score_chunk, empty)
 
 
 @register_model("jax-nanogpt")

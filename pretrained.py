@@ -121,10 +121,9 @@ def load_tokenizer(name_or_dir: str | Path) -> tokenizer.Tokenizer:
 
 def read_config(path: Path) -> GPTConfig:
     """Hugging Face's config.json as a GPTConfig. What is not implemented is refused by name."""
-    hf = load_json(path)
+    hf = {**FIXED, "model_type": None, **load_json(path)}
     for key, value in {"model_type": "gpt2", **FIXED}.items():
-        got = hf.get(key, value)
-        require(got == value, f"{path}: {key}={got!r} is not implemented, only {value!r}")
+        require(hf[key] == value, f"{path}: {key}={hf[key]!r} is not implemented, only {value!r}")
     sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
     for ours, n in sizes.items():
         require(type(n) is int and n > 0, f"{path}: {SIZES[ours]}={n!r} must be a whole number of at least 1")
@@ -192,7 +191,7 @@ def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
         for name, tensor in open_file(path).items():
             name = name.removeprefix("transformer.")
             if not BUFFER.fullmatch(name):
-                require(name not in tensors, f"{path}: {name} is there twice")
+                require(name not in tensors, f"{path}: {listed([name])} is there twice")
                 tensors[name] = tensor
     misfit = f"{directory} is not the GPT-2 that its config.json describes"
     require(config.n_layer <= len(tensors), f"{misfit}: n_layer={config.n_layer}, but there are only "
@@ -270,7 +269,8 @@ def load_json(path: Path) -> dict:
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    names = sorted(names)
+    """The first names, shortened, in one line: a stranger chose them."""
+    names = [ascii(name)[1:-1][:100] for name in sorted(names)]
     more = [f"{len(names) - most} more"] if len(names) > most else []
     return ", ".join(names[:most] + more) or "none"
 
@@ -300,7 +300,7 @@ def write(directory: str | Path, config: GPTConfig, params: dict, tok: tokenizer
             array = np.ascontiguousarray(array if path.startswith("h.") else array[None, :shape[0]])
         assert array.shape == (len(names), *shape) and array.dtype == np.float32, f"{path} is {array.dtype}"
         tensors |= {f"transformer.{name}": row for name, row in zip(names, array)}
-    temporary = directory.with_name(directory.name + ".tmp")
+    temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     special = {"bos_token_id": tok.eos_id, "eos_token_id": tok.eos_id}  # also null: the default is 50256

@@ -140,6 +140,9 @@ def test_a_request_does_not_depend_on_its_neighbours(ours, directory):
     one_row = JAXNanoGPT(init_from=str(directory), batch_size=1)
     assert_same(one_row._loglikelihood_tokens(pairs[::-1], True)[::-1], together)
     assert_same([one_row._loglikelihood_tokens([pair], True)[0] for pair in pairs], together)
+    one_row.max_length = 5  # a row shorter than the pieces of the head
+    short = [(None, tokens[i:i + 2], tokens[i + 2:i + 5]) for i in range(4)]
+    assert_same(one_row._loglikelihood_tokens(short, True), ours._loglikelihood_tokens(short, True))
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=30), st.data())

@@ -277,7 +277,8 @@ def test_exported_gpt2_tokenizer(tmp_path, shared):
 
 
 @pytest.mark.parametrize("field, value, word", [
-    ("model_type", "llama", "llama"), ("scale_attn_by_inverse_layer_idx", True, "inverse_layer"),
+    ("model_type", "llama", "llama"), ("model_type", None, "model_type"),
+    ("scale_attn_by_inverse_layer_idx", True, "inverse_layer"),
     ("scale_attn_weights", False, "scale_attn"), ("add_cross_attention", True, "add_cross_attention"),
     ("tie_word_embeddings", False, "tie_word"), ("activation_function", "mish", "mish"), ("n_inner", 100, "n_inner"),
     ("n_layer", 2, "unexpected h.2"), ("n_layer", 4, "missing h.3"), ("n_layer", 10**12, "n_layer=1000000000000"),
@@ -318,6 +319,7 @@ def put_one(value):
 @pytest.mark.parametrize("change, words", [
     (without("transformer.h.1.ln_1.bias"), ["missing h.1.ln_1.bias"]),
     (put("transformer.h.0.attn.rotary", np.ones(3, np.float32)), ["unexpected h.0.attn.rotary"]),
+    (put("a\n\33[2J" + 999 * "b", np.ones(3, np.float32)), ["unexpected a\\n\\x1b[2Jbbb"]),
     (put("wte.weight", np.zeros((131, 48), np.float32)), ["wte.weight is there twice"]),
     (put("transformer.h.2.attn.c_attn.weight", np.zeros((144, 48), np.float32)), ["(144, 48)", "(48, 144)"]),
     (put("transformer.ln_f.weight", np.ones(48)), ["ln_f.weight", "F64"]),
