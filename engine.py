@@ -204,7 +204,7 @@ class Engine:
         self.config, self.model_config, self.tokenizer = config, model.config, tokenizer
         self.params = model.for_inference().params()
         dtype, P = config.kv_dtype or model.config.dtype, config.page_size
-        num_pages = config.kv_blocks or num_pages_for(model.config, P, dtype, config.kv_cache_memory)
+        num_pages = config.kv_blocks or num_pages_for(model.config, P, dtype, config.kv_cache_memory, config.attention)
         cache = PagedKVCache.create(model.config, num_pages, P, dtype, config.attention)
         self.pool, self.attention = (cache.k_pages, cache.v_pages), cache.attention
         self.blocks = BlockManager(num_pages, P)
