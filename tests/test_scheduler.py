@@ -4,6 +4,7 @@ A page slot holds the tokens that led to it; a plan that reads what is not there
 tokens than the same request gives alone."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import settings
@@ -223,3 +224,29 @@ def test_more_samples_than_rows_fork_in_groups():
     machine.run()
     assert len(machine.done) == 7 and len(set(map(tuple, machine.done.values()))) > 1
     assert machine.scheduler.blocks.hit_tokens == 3 * 2, "the later groups find the first one's prefix"
+
+
+def test_kv_memory_holds_tokens_and_three_times_as_many_sequences():
+    """Catches pages reserved before they are needed: nano-vllm's job (256 prompts and outputs of 100 to 1024 tokens) in the
+    memory of a dense cache of 16 rows, whose sequences wait for the longest of their batch."""
+    rng = random.Random(0)
+    requests = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
+    longest = max(a + b for a, b in requests)
+    P, rows = 16, 16
+    scheduler = Scheduler(BlockManager(1 + rows * longest // P, P), max_num_seqs=256, tiles=32, chunk_size=512)
+    for i, (length, max_tokens) in enumerate(requests):
+        scheduler.add([i] * length, SamplingParams(max_tokens=max_tokens), i)
+    utilization, in_flight, blocks = [], [], scheduler.blocks
+    while scheduler.waiting or scheduler.running:
+        scheduler.schedule()
+        for seq in scheduler.running:
+            seq.tokens += [0] * (seq.prompt_len + seq.sampled - len(seq.tokens))
+        if scheduler.running:
+            held = blocks.num_pages - 1 - blocks.num_free
+            utilization.append(sum(s.computed for s in scheduler.running) / (held * P))
+        if scheduler.waiting:
+            in_flight.append(len(scheduler.running))
+    mean = lambda x: sum(x) / len(x)
+    dense = mean([mean([b for _, b in requests[i:i + rows]]) / max(b for _, b in requests[i:i + rows]) * rows for i in range(0, 256, rows)])
+    assert mean(utilization) > 0.96, f"{mean(utilization):.3f} of the held slots hold tokens"
+    assert mean(in_flight) > 3 * dense, f"{mean(in_flight):.1f} sequences in flight, {dense:.1f} in a dense cache"
