@@ -509,11 +509,32 @@ def require_ranges(config, *names: str) -> None:
         require(1 <= low <= high, f"{name}={low} {high}: the first must be at least 1, the second no less than it")
 
 
+@dataclass(frozen=True)
+class BenchEvalConfig:
+    """Time to score the items of a task with eval_harness.py and with lm-eval's own `hf` model, and whether they agree."""
+
+    init_from: str
+    """a Hugging Face GPT-2 directory with a tokenizer"""
+    task: str = "hellaswag"
+    """name of a task of lm-eval whose requests are log-likelihoods"""
+    include_path: Path | None = None
+    """a directory with YAML files of more tasks"""
+    items: int = 2000
+    """score the first so many items, once, with ours and with hf at its best batch size"""
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
+    """of hf, separated by spaces; the best is the fastest on"""
+    probe: int = 100
+    """so many items"""
+    rounds: int = 3
+    """turns of each contender at the probe; medians count"""
+
+
 BENCHES = {
     "train": (BenchTrainConfig, {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
     "compile": (BenchCompileConfig, {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
     "generate": (BenchGenerateConfig, None),
     "serve": (BenchServeConfig, None),
+    "eval": (BenchEvalConfig, None),
 }
 
 
