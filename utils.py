@@ -168,6 +168,7 @@ class Layout:
     """How a GPT in training is spread over `mesh`: what model.OneDevice is for one device."""
 
     mesh: Mesh
+    remat: bool  # of the blocks, as GPTConfig has it
 
     @property
     def shards(self) -> tuple[int, int]:
@@ -179,12 +180,18 @@ class Layout:
         Without these hints XLA lets the activations follow the weights and sends those through the network instead."""
         (x, cache, keys), mesh = carry, self.mesh
         assert cache is None, "there is no cache in training"
+        sizes = {w[0].size for w in jax.tree.leaves(layers[0])}
+
+        def not_gathered(primitive, *inputs, **_):  # of what the backward pass needs: may it be kept?
+            return primitive.name not in ("sharding_constraint", "reshape", "convert_element_type") or inputs[0].size not in sizes
 
         def layer(x, keys, weights_and_index):
             weights, i = weights_and_index
             (x, _, _), _ = f((x, None, keys), (gather(mesh, weights), i))
             return constrain(mesh, x, ("data", "fsdp"), "context", None)  # (B, T, C)
 
+        if mesh.shape["fsdp"] > 1:  # weights are gathered again for the backward pass: kept, they would be whole everywhere
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=None if self.remat else not_gathered)
         S = mesh.shape["layers"]
         if S == 1:
             x, _ = jax.lax.scan(lambda x, weights_and_index: (layer(x, keys, weights_and_index), None), x, layers, unroll=unroll)
@@ -275,7 +282,7 @@ class TrainState:
 def initial_state(config: TrainConfig, mesh: Mesh, params: Params | None) -> TrainState:
     tx = create_optimizer(config)
     params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
-    graphdef = gpt_graphdef(config.model, Layout(mesh))
+    graphdef = gpt_graphdef(config.model, Layout(mesh, config.model.remat))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), graphdef, tx, mesh)
     return state.lay_out(state)
 
