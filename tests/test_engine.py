@@ -190,7 +190,8 @@ def test_what_ends_a_sample(engine):
     stop = whole.text[5:9]
     out = run(stop=("not there", stop))
     assert (out.text, out.finish_reason) == (whole.text[:whole.text.index(stop)], "stop")
-    assert len(run(stop=(stop,), min_tokens=12).token_ids) == 12
+    assert run(stop=(stop,), ignore_eos=True).text == out.text
+    assert len(run(stop=(stop,), ignore_eos=True, min_tokens=12).token_ids) == 12
 
 
 def test_samples_of_one_prompt(engine):
