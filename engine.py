@@ -213,6 +213,7 @@ class Engine:
                                    chunk_size=config.chunk_size or config.prefill_tokens)
         self.pages_per_seq = self.blocks.pages_for(model.config.block_size)
         self.swapped: dict[tuple[int, int], list] = {}  # pages of preempted sequences
+        self.leaving: list[tuple[int, int]] = []        # those of them that are on their way to host memory
         self.requests: dict[int, list[Sequence]] = {}   # those that have not ended
         self.ids = itertools.count()
         self.in_flight: list[Call] = []
@@ -307,6 +308,7 @@ class Engine:
     def _launch(self, plan: Plan) -> list[Call]:
         for seq, pages in plan.swap_out:
             self.swapped[seq.key] = [read_page(self.pool, page) for page in pages]
+        self.leaving = [seq.key for seq, _ in plan.swap_out]
         for source, target in plan.copies:
             self.pool = copy_page(self.pool, source, target)
         for seq, first, pages in plan.swap_in:
@@ -346,11 +348,13 @@ class Engine:
         return Call(tiles, [seq for _, seq in samples], wanted, sampled)
 
     def _collect(self, calls: list[Call]) -> list[Output]:
-        """Waits for a step's samples and makes outputs of them."""
+        """Waits for a step's samples, and the pages that leave, and makes outputs of them."""
         wait_for = [(c.sampled.token, c.sampled.logprobs[:None if c.wanted.top else 1], c.sampled.prompt if c.wanted.prompt else None)
                     for c in calls]
+        results, pages = jax.device_get((wait_for, {key: self.swapped[key] for key in self.leaving}))
+        self.swapped |= pages
         outputs = []
-        for call, (tokens, logprobs, prompt) in zip(calls, jax.device_get(wait_for)):
+        for call, (tokens, logprobs, prompt) in zip(calls, results):
             for r, (seq, start, new) in enumerate(call.tiles if call.wanted.prompt else []):
                 if seq.params.prompt_logprobs is not None:
                     for t, token in enumerate(seq.prompt[start + 1:start + new + 1]):
@@ -432,7 +436,7 @@ class Engine:
             seq.slot = slot
             self.slots = seat(self.slots, slot, self._slot_row(seq))
         with tqdm(total=1 + len(sizes), desc="compiling", disable=not progress) as bar:
-            self.pool = copy_page(write_page(self.pool, 0, read_page(self.pool, 0)), 0, 0)
+            self.pool = copy_page(write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0)
             self._call([(i, 0, P, [i + 1]) for i in range(n)], [], [], self.tiles, P)
             bar.update()
             same = []

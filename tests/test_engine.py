@@ -114,6 +114,7 @@ def test_nothing_compiles_after_the_start(engine):
         engine.step()
     while engine.busy:
         engine.step()
+        assert all(isinstance(a, np.ndarray) for pages in engine.swapped.values() for a in jax.tree.leaves(pages)), "not in host memory"
     assert engine.stats().preemptions > 0 and copies
     assert compiled == [] and engine.programs() == engine.programs_at_start
     jax.jit(lambda x: x + 41)(1)
