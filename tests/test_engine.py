@@ -80,6 +80,26 @@ def test_greedy_tokens_and_logprobs_are_the_dense_models(engine, model):
     assert engine.stats().pages_held == 0
 
 
+def test_greedy_tokens_are_transformers(tmp_path):
+    """Catches what our dense model and the engine would get wrong alike: 100 prompts of 1 to 63 tokens."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=100, n_positions=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)).eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # no near ties, no bias left at 0
+    hf.save_pretrained(tmp_path)
+    engine = Engine(GPT.from_pretrained(tmp_path), None, LAYOUT, progress=False)
+    for lengths, max_tokens in ((list(range(1, 57)) + [7] * 37, 8), (range(57, 64), 1)):
+        prompts = prompts_of(lengths)
+        padded = [[0] * (64 - len(p)) + p for p in prompts]
+        mask = [[0] * (64 - len(p)) + [1] * len(p) for p in prompts]
+        expected = hf.generate(torch.tensor(padded), attention_mask=torch.tensor(mask), do_sample=False, max_new_tokens=max_tokens)
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0), progress=False)
+        assert [out.token_ids for [out] in outputs] == expected[:, 64:].tolist()
+
+
 def test_same_bits(model):
     """Catches anything but the request itself that reaches its numbers; see same_bits.py."""
     ways = list(compare(model, 24, max_num_seqs=4, page_size=4, prefill_tokens=32, progress=False))
@@ -167,9 +187,9 @@ def test_each_sampling_parameter_does_what_it_says(engine, model):
     assert not set(likeliest(repetition_penalty=1e4)) & set(prompt), "the prompt's tokens are repetitions too"
     assert set(likeliest(presence_penalty=100, logit_bias={prompt[0]: 50})) & set(prompt), "presence is not about the prompt"
     # Two tokens ahead of all others, 10 apart: frequency counts how often each was generated, presence only whether.
-    two = {7: 100, 8: 90}
-    assert likeliest(logit_bias=two, frequency_penalty=20)[:4] == [7, 8, 7, 8]
-    assert likeliest(logit_bias=two, presence_penalty=20)[:4] == [7, 8, 7, 7]
+    two = {0: 100, 8: 90}
+    assert likeliest(logit_bias=two, frequency_penalty=20)[:4] == [0, 8, 0, 8]
+    assert likeliest(logit_bias=two, presence_penalty=20)[:4] == [0, 8, 0, 0]
 
 
 def test_what_ends_a_sample(engine):
