@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import (BenchCompileConfig, BenchEvalConfig, BenchGenerateConfig, BenchServeConfig, BenchTrainConfig, ServeConfig,
+from config import (BenchCompileConfig, BenchEvalConfig, BenchGenerateConfig, BenchServeConfig, BenchTrainConfig, ModelConfig,
                     TrainConfig)
 
 
@@ -443,12 +443,12 @@ async def load(config: BenchServeConfig, rate: float) -> dict:
 
 def engine_alone(config: BenchServeConfig) -> Callable:
     """run(n) does all requests, n times, on an engine without HTTP; memory() does the first few one by one."""
-    import server
     from engine import Engine
     from scheduler import SamplingParams
+    from utils import open_model
 
-    serve = ServeConfig(out_dir=config.out_dir or ServeConfig.out_dir, init_from=config.init_from)
-    engine = Engine(*server.load(serve), config.engine, progress=False)
+    model, tokenizer, _ = open_model(ModelConfig(config.out_dir, config.init_from))
+    engine = Engine(model, tokenizer, config.engine, progress=False)
 
     def run(n: int) -> None:
         for _ in range(n):

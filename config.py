@@ -183,13 +183,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """Write text with a trained model: python sample.py --out_dir=DIR | --init_from=gpt2... --start="..." """
+class ModelConfig:
+    """Which trained model to use."""
 
     out_dir: Path | None = None
     """a directory that train.py wrote: its best checkpoint is used"""
     init_from: str | None = None
     """instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory"""
+    dtype: Dtype | None = None
+    """what matmul inputs are rounded to (default: as trained; float32 for init_from)"""
+
+    def __post_init__(self):
+        require((self.out_dir is None) != (self.init_from is None), "say which model: --out_dir=DIR or --init_from=gpt2...")
+
+
+@dataclass(frozen=True)
+class SampleConfig(ModelConfig):
+    """Write text with a trained model: python sample.py --out_dir=DIR | --init_from=gpt2... --start="..." """
+
     start: str = "\n"
     """the prompt; FILE:path reads it from a file"""
     num_samples: int = 10
@@ -204,11 +215,9 @@ class SampleConfig:
     """keep the smallest set of tokens whose probability is at least p"""
     seed: int = 1337
     """sample i is drawn with seed + i"""
-    dtype: Dtype | None = None
-    """what matmul inputs are rounded to (default: as trained; float32 for init_from)"""
 
     def __post_init__(self):
-        require((self.out_dir is None) != (self.init_from is None), "say which model: --out_dir=DIR or --init_from=gpt2...")
+        super().__post_init__()
         require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
@@ -284,17 +293,10 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig:
-    """Serve a model over HTTP, as OpenAI's completions API: python server.py --out_dir=DIR"""
+class ServeConfig(ModelConfig):
+    """Serve a model over HTTP, as OpenAI's completions API: python server.py --out_dir=DIR | --init_from=gpt2..."""
 
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = EngineConfig()
-    # The model.
-    out_dir: Path = Path("out")
-    """a directory that train.py wrote"""
-    init_from: str | None = None
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory: serve it instead of out_dir"""
-    dtype: Dtype | None = None
-    """what matmul inputs are rounded to (default: as trained)"""
     served_model_name: str | None = None
     """what clients call the model (default: the last part of out_dir or init_from)"""
     # The port.
@@ -327,6 +329,7 @@ class ServeConfig:
     """seconds after which a step of the engine counts as stuck, and /health says so"""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("max_waiting", "max_body_bytes", "max_prompts", "max_n"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(0 <= self.port < 2**16, f"port={self.port} must be from 0 to {2**16 - 1}")
@@ -353,13 +356,9 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(ModelConfig):
     """Score a model with lm-evaluation-harness: python eval_harness.py --out_dir=DIR | --init_from=gpt2... --tasks=hellaswag"""
 
-    out_dir: Path | None = None
-    """a directory that train.py wrote: its best checkpoint is used"""
-    init_from: str | None = None
-    """instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory"""
     tasks: str = "hellaswag"
     """names of lm-eval's tasks, separated by commas"""
     include_path: Path | None = None
@@ -376,7 +375,7 @@ class EvalConfig:
     """write lm-eval's results with every sample to this JSON file"""
 
     def __post_init__(self):
-        require((self.out_dir is None) != (self.init_from is None), "say which model: --out_dir=DIR or --init_from=gpt2...")
+        super().__post_init__()
         require(self.limit is None or self.limit >= 1, f"limit={self.limit} must be at least 1")
         require(self.num_fewshot is None or self.num_fewshot >= 0, f"num_fewshot={self.num_fewshot} must not be negative")
         require(self.batch_size == "auto" or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1, or auto")
@@ -499,6 +498,7 @@ class BenchServeConfig:
 
     def __post_init__(self):
         require(self.rates and min(self.rates) > 0, "rates must be positive")
+        require(self.out_dir is None or self.init_from is None, "name the server's model by out_dir or by init_from, not both")
         require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
         require_ranges(self, "prompt_tokens", "output_tokens")
 
@@ -584,7 +584,8 @@ def sentence_of(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     text = re.sub(r"\s+", " ", " ".join(lines))
     text = re.split(r"─{3,} (?:Argument helptext|For full helptext)", text)[0]
-    return re.sub(r" ?─{3,} ?", "; ", text).strip() + " (--help lists every flag)"
+    text = re.sub(r" ?─{3,} ?", "; ", text).strip().removeprefix("Error parsing ")
+    return re.sub(r"^\w+Config: ", "", text) + " (--help lists every flag)"
 
 
 def fail(sentence: str) -> None:

@@ -39,11 +39,9 @@ from starlette.middleware.cors import CORSMiddleware
 import protocol
 from config import ServeConfig
 from engine import Engine, Logprobs, Output
-from model import GPT
-from pretrained import load_tokenizer
 from protocol import APIError, Choice, Completion, CompletionRequest, LogprobLists, Usage, refused, unavailable
 from tokenizer import StreamDecoder, Tokenizer
-from utils import load_model
+from utils import open_model
 from worker import Job, Metrics, Worker
 
 VERSION = "0.1.0"
@@ -377,13 +375,6 @@ class JSONLines(logging.Formatter):
         return json.dumps(line)
 
 
-def load(config: ServeConfig) -> tuple[GPT, Tokenizer]:
-    if config.init_from:
-        dtype = {"dtype": config.dtype} if config.dtype else {}
-        return GPT.from_pretrained(config.init_from, **dtype), load_tokenizer(config.init_from)
-    return load_model(config.out_dir, config.dtype)[:2]
-
-
 def main(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
     handler = logging.StreamHandler()
@@ -392,7 +383,7 @@ def main(config: ServeConfig) -> None:
     log.setLevel(logging.INFO)
     sys.setswitchinterval(5e-4)  # seconds; by default the event loop waits 5 ms for a busy engine thread to give way
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY"))
-    model, tokenizer = load(config)
+    model, tokenizer, _ = open_model(config)
     listener = socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     log.info("serving %s at http://%s:%d", config.model_name, *listener.getsockname()[:2])
 

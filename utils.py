@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 import pretrained
 import tokenizer
-from config import GPTConfig, TrainConfig, require
+from config import GPTConfig, ModelConfig, TrainConfig, require
 from model import GPT, Params, gpt_graphdef
 from pipeline import pipeline
 
@@ -396,7 +396,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def open_model(config):
+def open_model(config: ModelConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """The model that config.out_dir or config.init_from names, in config.dtype if that is given: (GPT, tokenizer, its name)."""
     if config.out_dir is not None:
         model, tok, step = load_model(config.out_dir, config.dtype)

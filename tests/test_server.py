@@ -42,7 +42,7 @@ class Running:
     """A server in a thread of its own."""
 
     def __init__(self, model: GPT, **flags):
-        self.config = ServeConfig(engine=ENGINE, served_model_name="tiny", **flags)
+        self.config = ServeConfig(out_dir=Path("out"), engine=ENGINE, served_model_name="tiny", **flags)
         self.server = Server(self.config, self.make_engine, TOKENIZER, CONFIG.block_size)
         self.model, self.error, self.gate, self.step_seconds = model, None, threading.Event(), 0.0
         self.gate.set()
