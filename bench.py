@@ -89,9 +89,10 @@ def ours_train(config: TrainConfig, tokens: Path) -> Callable:
 
     import train
     import utils
+    from mesh import training_mesh, use_cpu_cores
 
-    utils.use_cpu_cores(config)
-    mesh = utils.training_mesh(config)
+    use_cpu_cores(config)
+    mesh = training_mesh(config)
     state = utils.TrainState.create(config, mesh=mesh)
     batches = train.batches(train.TokenFile(tokens, "uint16"), config, 0, mesh)
 

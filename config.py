@@ -79,6 +79,11 @@ class GPTConfig:
         block = 12 * C * C + b * 9 * C + 2 * (1 + b) * C
         return self.n_layer * block + (1 + b) * C + self.vocab_size * C + embeddings * self.block_size * C
 
+    @property
+    def flops_per_token(self) -> int:
+        """Of training, 6 N + 12 L C T (Chowdhery et al. 2022, appendix B); recomputation does not count."""
+        return 6 * self.num_params(embeddings=False) + 12 * self.n_layer * self.n_embd * self.block_size
+
 
 @dataclass(frozen=True)
 class TrainConfig:

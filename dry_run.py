@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 import train
 from config import TrainConfig
-from utils import TrainState, describe, flops_per_token, training_mesh
+from mesh import describe, training_mesh
+from utils import TrainState
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}

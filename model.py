@@ -193,7 +193,7 @@ class KVCache:
 
 
 class OneDevice:
-    """How a GPT is spread over devices: not at all. Another layout has the same attributes (utils.Layout)."""
+    """How a GPT is spread over devices: not at all. Another layout has the same attributes (mesh.Layout)."""
 
     shards = 1, 1  # into how many parts the rows and the positions of a batch are cut
     scan = staticmethod(jax.lax.scan)  # iterates the blocks

@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import pretrained
 from config import GPTConfig, TrainConfig, require
-from utils import (PEAK_FLOPS, Checkpoints, TrainState, connect, describe, flops_per_token, learning_rate_schedule, put_batch,
-                   require_same_model, training_mesh, use_cpu_cores, write_atomically)
+from mesh import PEAK_FLOPS, connect, describe, put_batch, training_mesh, use_cpu_cores
+from utils import Checkpoints, TrainState, learning_rate_schedule, require_same_model, write_atomically
 
 EVAL_SEED = 20240229  # of the evaluation batches: the same for every run, so that losses compare between runs
 
@@ -336,7 +336,7 @@ def train(config: TrainConfig) -> int:
                 since, timed = time.perf_counter(), step
                 row = {"loss": loss, "lr": float(schedule(step - 1)), "grad_norm": grad_norm, "tokens_per_s": round(rate)}
                 if peak:
-                    row["mfu"] = rate * flops_per_token(config.model) / (peak * state.mesh.size)
+                    row["mfu"] = rate * config.model.flops_per_token / (peak * state.mesh.size)
                 log.write(step, **row)
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
                 require(math.isfinite(loss), f"the loss is {loss} at step {step}: resume with a lower learning_rate "

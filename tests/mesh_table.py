@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from config import GPTConfig, TrainConfig
+from mesh import make_mesh, put_batch
 from train import train_step
-from utils import TrainState, make_mesh, put_batch
+from utils import TrainState
 
 BASE = TrainConfig(model=GPTConfig(block_size=32, vocab_size=250, n_layer=4, n_head=4, n_embd=32, bias=True), batch_size=16,
                    warmup_iters=2, max_iters=100, learning_rate=3e-4)

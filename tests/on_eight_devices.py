@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import utils
 from dry_run import collective_ops
+from mesh import make_mesh, partition_spec, pipeline, put_batch, training_mesh
 from mesh_table import EVERYTHING, PLAIN, batches, compiled_step, configure, difference, mesh_of, on_one_device, train_on
 from model import dropout
-from pipeline import pipeline
 from train import eval_step
-from utils import Checkpoints, TrainState, make_mesh, put_batch, training_mesh
+from utils import Checkpoints, TrainState
 
 CASES = {"data:8": EVERYTHING, "fsdp:8": PLAIN, "tensor:4": PLAIN, "layers:4": EVERYTHING, "context:4": EVERYTHING,
          "data:2,fsdp:2,tensor:2": PLAIN, "fsdp:2,layers:2,context:2": EVERYTHING}
@@ -45,7 +45,7 @@ def test_state_is_divided(layout, n):
     whole = on_one_device(configure(**CASES[layout])).state_bytes
     assert whole / result(layout).state_bytes > 0.8 * n
     for path, array in jax.tree_util.tree_flatten_with_path(result(layout).state)[0]:
-        assert array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, utils.partition_spec(path)), array.ndim), path
+        assert array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, partition_spec(path)), array.ndim), path
 
 
 def test_state_is_born_divided():

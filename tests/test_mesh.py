@@ -21,7 +21,7 @@ FLAGS = ["--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=32", "--batch
 
 def test_on_eight_devices():
     """Runs on_eight_devices.py; its own report is shown if a test of it fails."""
-    environment = {**FAST, "JAX_NUM_CPU_DEVICES": "8", "NPROC": "16", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}  # see utils.use_cpu_cores
+    environment = {**FAST, "JAX_NUM_CPU_DEVICES": "8", "NPROC": "16", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}  # see mesh.use_cpu_cores
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/on_eight_devices.py"], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -20,8 +20,8 @@ import pytest
 from flax import nnx
 
 import train
-import utils
 from config import GPTConfig, TrainConfig
+from mesh import path_name
 from model import GPT
 from tokenizer import CharTokenizer
 from train import EVAL_SEED, TokenFile, estimate_loss, full_loss, get_batch, train_step
@@ -148,7 +148,7 @@ def test_decay_and_muon_go_by_path():
         tx = create_optimizer(config)
         update = jax.jit(lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0])
         for path, u in jax.tree_util.tree_flatten_with_path(update(params))[0]:
-            name = utils.path_name(path)
+            name = path_name(path)
             want = -0.5 * 1e-2 if name.endswith(("kernel", "embedding")) else 0.0
             np.testing.assert_allclose(u, want, rtol=1e-5, err_msg=f"{optimizer} {name}")
 
