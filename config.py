@@ -304,6 +304,9 @@ class ServeConfig(ModelConfig):
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = EngineConfig()
     served_model_name: str | None = None
     """what clients call the model (default: the last part of out_dir or init_from)"""
+    chat_template: Path | None = None
+    """a Jinja file that makes a prompt of a chat, for /v1/chat/completions (default: the one that the directory init_from
+    brings)"""
     # The port.
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 lets other machines in: set api_key too"""
