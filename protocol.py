@@ -1,16 +1,16 @@
-"""What server.py takes and gives: OpenAI's completions API as types, with vLLM's names for what OpenAI does not have.
+"""What server.py takes and gives: OpenAI's completions and chat API as types, with vLLM's names for what OpenAI does not have.
 
 FastAPI checks requests against these and makes the OpenAPI page of them. A field that is not here is refused by its name.
 """
 
 import dataclasses
 import re
-import time
 from typing import Annotated, Literal
 
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
+from config import require
 from scheduler import MAX_LOGPROBS, SamplingParams
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -27,14 +27,13 @@ class StreamOptions(Form):
     include_usage: bool = Field(False, description="a last chunk without choices tells the usage")
 
 
-class CompletionRequest(Form):
+class GenerationRequest(Form):
     """null means the default. See SamplingParams for what each field does and in which order they act."""
 
     model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="texts or token ids")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0, description="default 16")
+    max_tokens: int | None = Field(None, ge=0, description="default 16; of a chat, what the context has room for")
     min_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=1)
@@ -49,19 +48,62 @@ class CompletionRequest(Form):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1)
+    return_token_ids: bool | None = Field(None, description="also give token_ids, the prompt's among them if echo")
+
+    def given(self) -> dict:
+        """The fields of SamplingParams that are not left out."""
+        fields = {f.name: value for f in dataclasses.fields(SamplingParams)
+                  if (value := getattr(self, f.name, None)) is not None}
+        stop = fields.pop("stop", ())
+        fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        return fields | {"stop_token_ids": tuple(self.stop_token_ids or ())}
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="texts or token ids")
     logprobs: Logprob | None = None
     prompt_logprobs: Logprob | None = None
     echo: bool | None = None
-    return_token_ids: bool | None = Field(None, description="also give token_ids, the prompt's among them if echo")
 
     def sampling_params(self) -> SamplingParams:
         """Raises ValueError where fields do not go together."""
-        given = {f.name: value for f in dataclasses.fields(SamplingParams) if (value := getattr(self, f.name)) is not None}
-        if "stop" in given:
-            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        given = self.given()
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return SamplingParams(**given)
+
+
+class TextPart(Form):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Form):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] = Field(description="parts are joined by line breaks")
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates expect it."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=0, description="another name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Logprob | None = Field(None, description="only with logprobs")
+    add_generation_prompt: bool | None = Field(None, description="default true: the prompt ends as an assistant's turn begins")
+
+    def sampling_params(self, room: int) -> SamplingParams:
+        """room: max_tokens, if nothing else is asked for. Raises ValueError where fields do not go together."""
+        given = {"max_tokens": room} | self.given()
+        if self.max_completion_tokens is not None:
+            require(self.max_tokens is None, f"max_completion_tokens={self.max_completion_tokens} and "
+                    f"max_tokens={self.max_tokens} are one parameter: give one of them")
+            given["max_tokens"] = self.max_completion_tokens
+        require(self.logprobs or self.top_logprobs is None, f"top_logprobs={self.top_logprobs} needs logprobs=true")
+        given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return SamplingParams(**given)
 
 
@@ -92,15 +134,71 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Completion(BaseModel):
+class Answer(BaseModel):
+    id: str
+    created: int = Field(description="seconds since 1970")
+    model: str
+    usage: Usage | None = None
+
+
+class Completion(Answer):
     """A whole answer, or a piece of a streamed one."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int = Field(default_factory=lambda: int(time.time()), description="seconds since 1970")
-    model: str
     choices: list[Choice]
-    usage: Usage | None = None
+
+
+class LikelyToken(BaseModel):
+    token: str = Field(description="a token that is no whole UTF-8 reads bytes:\\xe2\\x82")
+    logprob: float
+    bytes: list[int]
+
+
+class ScoredToken(LikelyToken):
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ScoredToken]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = Field(None, description="on a sample's first chunk")
+    content: str
+
+
+class ChatPart(BaseModel):
+    """What a choice and a piece of one have in common."""
+
+    index: int
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChoice(ChatPart):
+    message: ChatMessage
+
+
+class ChatChunkChoice(ChatPart):
+    delta: ChatDelta
+
+
+class ChatCompletion(Answer):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class ChatChunk(Answer):
+    """A piece of a streamed answer."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
 
 
 class ModelCard(BaseModel):
@@ -195,3 +293,16 @@ def refused(error: ValueError) -> APIError:
     """400. The sentences of SamplingParams and Engine.add begin with what they are about, as in top_p=2."""
     named = re.match(r"(?:the )?(\w+)(?:=| is empty| has token)", str(error))
     return APIError(400, str(error), param=named and named[1])
+
+
+def invalid_request(errors: list[dict]) -> APIError:
+    """400, from what pydantic has found wrong. Where several types are allowed, what came closest went deepest."""
+    nearest = max(errors, key=lambda e: len(e["loc"]))
+    is_type = lambda part: isinstance(part, str) and ("[" in part or part == "str")  # which of several was tried
+    path = [part for part in nearest["loc"][1:] if not is_type(part)]
+    name = next((part for part in path if isinstance(part, str)), None)
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    message = "there is no such parameter" if nearest["type"] == "extra_forbidden" else nearest["msg"]
+    if nearest["loc"] == ("body",):
+        message = "its body must be a JSON object, with the header Content-Type: application/json"
+    return APIError(400, f"{where or 'the request'}: {message}", param=name)

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP, as OpenAI's completions API: python server.py --out_dir=DIR
+"""Serve a model over HTTP, as OpenAI's API: python server.py --out_dir=DIR
 
 The routes, what stands in front of them, and how the process ends. The engine has a thread of its own: see worker.py.
 """
@@ -22,9 +22,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import fastapi
@@ -37,10 +36,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import protocol
-from config import ServeConfig
-from engine import Engine, Logprobs, Output
-from protocol import APIError, Choice, Completion, CompletionRequest, LogprobLists, Usage, refused, unavailable
-from tokenizer import StreamDecoder, Tokenizer
+from answers import ChatSample, EventStream, Sample, TextSample, Writer, attended
+from chat import ChatTemplate, load_template
+from config import ServeConfig, require
+from engine import Engine
+from protocol import APIError, GenerationRequest, invalid_request, refused, unavailable
+from scheduler import SamplingParams
+from tokenizer import Tokenizer
 from utils import open_model
 from worker import Job, Metrics, Worker
 
@@ -48,195 +50,119 @@ VERSION = "0.1.0"
 log = logging.getLogger("server")
 
 
-class Sample:
-    """One sample on its way out: what the engine brings becomes choices."""
+class Front:
+    """What the routes have in common."""
 
-    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, prompt: list[int], index: int):
-        self.body, self.tokenizer, self.prompt, self.index = body, tokenizer, prompt, index
-        self.tokens = -len(prompt) if body.echo else 0  # generated so far; echo brings the prompt's first
-        self.decoder, self.offset = StreamDecoder(tokenizer), 0
+    def __init__(self, config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_model_len: int):
+        self.config, self.worker, self.tokenizer, self.max_model_len = config, worker, tokenizer, max_model_len
+        self.started = int(time.time())
 
-    def choice(self, out: Output) -> Choice:
-        self.tokens += len(out.token_ids)
-        prompt = list(zip(self.prompt, out.prompt_logprobs or ()))  # on the first output, if asked for
-        logprobs = prompt_logprobs = None
-        if self.body.logprobs is not None:
-            logprobs = self.lists((prompt if self.body.echo else []) + [(entry.token, entry) for entry in out.logprobs])
-        if prompt and self.body.prompt_logprobs is not None:
-            prompt_logprobs = [entry and {t: protocol.PromptLogprob(logprob=p, decoded_token=self.text(t))
-                                          for t, p in likeliest(entry, self.body.prompt_logprobs).items()} for _, entry in prompt]
-        return Choice(index=self.index, text=out.text, logprobs=logprobs, finish_reason=out.finish_reason,
-                      prompt_logprobs=prompt_logprobs, token_ids=out.token_ids if self.body.return_token_ids else None)
-
-    def lists(self, entries: list[tuple[int, Logprobs | None]]) -> LogprobLists:
-        offsets = []
-        for token, _ in entries:
-            offsets.append(self.offset)
-            self.offset += len(self.decoder.push([token]))
-        tops = [entry and likeliest(entry, self.body.logprobs) for _, entry in entries]
-        return LogprobLists(
-            tokens=[self.text(token) for token, _ in entries], text_offset=offsets,
-            token_logprobs=[entry and entry.logprob for _, entry in entries],
-            top_logprobs=[top and {self.text(t): p for t, p in top.items()} for top in tops])
-
-    def text(self, token: int) -> str:
-        """Of one token, as OpenAI writes it: bytes that are no whole UTF-8 by their numbers."""
-        text = self.tokenizer.token_bytes(token)
-        try:
-            return text.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in text)
-
-
-def likeliest(entry: Logprobs, k: int) -> dict[int, float]:
-    """The k likeliest tokens, and the one that was taken."""
-    return {**dict(islice(entry.top.items(), k)), entry.token: entry.logprob}
-
-
-@contextlib.asynccontextmanager
-async def attended(worker: Worker, job: Job, receive: Callable) -> AsyncIterator[None]:
-    """Inside, the job fails as soon as its client goes away; at the end of it nothing of the job remains in the engine."""
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        job.fail(APIError(499, "the client has gone"))  # nginx's number for it; only the log sees it
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        worker.end(job)
-
-
-class EventStream(fastapi.responses.StreamingResponse):
-    """Server-sent events from a job."""
-
-    def __init__(self, events: AsyncIterator[str], worker: Worker, job: Job):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.worker, self.job = worker, job
-
-    async def __call__(self, scope, receive, send) -> None:
-        async with attended(self.worker, self.job, receive):
-            await self.stream_response(send)
-
-
-def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_model_len: int) -> fastapi.FastAPI:
-    """The routes."""
-    app = fastapi.FastAPI(title="JAX-nanoGPT-vLLM", version=VERSION, docs_url=None, redoc_url=None,
-                          responses={"4XX": {"model": protocol.Error}, "5XX": {"model": protocol.Error}})
-    started = int(time.time())
-    html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-
-    @app.exception_handler(APIError)
-    async def api_error(request, e: APIError) -> Response:
-        return e.response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request, e: HTTPException) -> Response:
-        return APIError(e.status_code, str(e.detail), headers=e.headers).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request, e: RequestValidationError) -> Response:
-        first = e.errors()[0]
-        name = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
-        message = "there is no such parameter" if first["type"] == "extra_forbidden" else first["msg"]
-        if first["loc"] == ("body",):
-            message = "its body must be a JSON object, with the header Content-Type: application/json"
-        return APIError(400, f"{name or 'the request'}: {message}", param=name).response()
-
-    @app.exception_handler(Exception)
-    async def failed(request, e: Exception) -> Response:  # the log has the traceback
-        return APIError(500, "internal error").response()
-
-    def check(name: str, value: int, limit: int) -> None:
-        if value > limit:
-            raise APIError(400, f"{name}: {value} asked for, and this server allows {limit}", param=name)
-
-    def check_model(name: str | None) -> None:
-        if name not in (None, config.model_name):
-            raise APIError(404, f"there is no model {name!r} here, only {config.model_name!r}", param="model",
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.config.model_name):
+            raise APIError(404, f"there is no model {name!r} here, only {self.config.model_name!r}", param="model",
                            code="model_not_found")
 
-    async def encode(text: str) -> list[int]:
+    def check(self, body: GenerationRequest, **limits: tuple[int | None, int]) -> None:
+        """Of what is asked for, as NAME=(value, limit) and what all have."""
+        self.check_model(body.model)
+        stops = len(body.stop) if isinstance(body.stop, list) else None
+        limits |= {"n": (body.n, self.config.max_n), "stop": (stops, self.config.max_stop)}
+        for name, (value, limit) in limits.items():
+            if value is not None and value > limit:
+                raise APIError(400, f"{name}: {value} asked for, and this server allows {limit}", param=name)
+        if body.stream_options and not body.stream:
+            raise APIError(400, "stream_options: only for stream=true", param="stream_options")
+
+    async def encode(self, text: str) -> list[int]:
         try:
-            return await asyncio.to_thread(tokenizer.encode, text)  # a long one must not hold up the others
+            return await asyncio.to_thread(self.tokenizer.encode, text)  # a long one must not hold up the others
         except ValueError as e:
             raise APIError(400, str(e), param="prompt") from e
 
-    @app.post("/v1/completions", response_model=Completion, responses={200: {"content": {"text/event-stream": {}}}})
-    async def completions(body: CompletionRequest, request: fastapi.Request) -> Response | Completion:
-        check_model(body.model)
-        check("n", body.n or 1, config.max_n)
-        check("logprobs", body.logprobs or 0, config.max_logprobs)
-        check("prompt_logprobs", body.prompt_logprobs or 0, config.max_logprobs)
-        check("stop", len(body.stop) if isinstance(body.stop, list) else 0, config.max_stop)
-        if body.stream_options and not body.stream:
-            raise APIError(400, "stream_options: only for stream=true", param="stream_options")
+    async def generate(self, request: fastapi.Request, kind: type[Sample], body: GenerationRequest, prompts: list[list[int]],
+                       params: Callable[[], SamplingParams]) -> EventStream | protocol.Answer:
         try:
-            params = body.sampling_params()
+            params = params()
         except ValueError as e:
             raise refused(e) from e
-        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
-        prompts = body.prompt if several else [body.prompt]
-        check("prompt", len(prompts), config.max_prompts)
-        prompts = [await encode(p) if isinstance(p, str) else p for p in prompts]
-
         job = Job(request.scope["log"]["request_id"], prompts, params, bool(body.stream))
-        answer = partial(Completion, id=f"cmpl-{job.request_id}", model=config.model_name)
-        samples = {(i, k): Sample(body, tokenizer, prompt, i * params.n + k)
-                   for i, prompt in enumerate(prompts) for k in range(params.n)}
-
-        def usage() -> Usage:
-            prompt, completion = sum(map(len, prompts)), sum(s.tokens for s in samples.values())
-            request.scope["log"].update(prompt_tokens=prompt, completion_tokens=completion)
-            return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                while job.unfinished or job.outputs:
-                    for prompt, out in await job.next():
-                        choice = samples[prompt, out.index].choice(out)
-                        if choice.text or choice.logprobs or choice.token_ids or choice.finish_reason:
-                            yield f"data: {answer(choices=[choice]).model_dump_json()}\n\n"
-                whole = usage()
-                if body.stream_options and body.stream_options.include_usage:
-                    yield f"data: {answer(choices=[], usage=whole).model_dump_json()}\n\n"
-                yield "data: [DONE]\n\n"
-            except APIError as e:
-                request.scope["log"]["error"] = str(e)
-                yield f"data: {e.body.model_dump_json()}\n\n"
-
-        await worker.submit(job)
+        writer = Writer(kind, body, job, self.tokenizer, self.config.model_name, request.scope["log"])
+        await self.worker.submit(job)
         if body.stream:
-            return EventStream(events(), worker, job)
-        async with attended(worker, job, request.receive):
-            outputs = await job.next()
-        choices = [samples[prompt, out.index].choice(out) for prompt, out in outputs]
-        return answer(choices=sorted(choices, key=lambda c: c.index), usage=usage())
+            return EventStream(writer.events(), self.worker, job)
+        async with attended(self.worker, job, request.receive):
+            return await writer.whole()
 
-    @app.get("/v1/models")
-    async def models() -> protocol.ModelList:
-        card = protocol.ModelCard(id=config.model_name, created=started, max_model_len=max_model_len)
-        return protocol.ModelList(data=[card])
 
+STREAMED = {200: {"content": {"text/event-stream": {}}}}
+
+
+def add_completions(app: fastapi.FastAPI, front: Front) -> None:
+    """/v1/completions"""
+    @app.post("/v1/completions", response_model=protocol.Completion, responses=STREAMED)
+    async def completions(body: protocol.CompletionRequest, request: fastapi.Request):
+        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
+        prompts, limits = body.prompt if several else [body.prompt], front.config
+        front.check(body, prompt=(len(prompts), limits.max_prompts), logprobs=(body.logprobs, limits.max_logprobs),
+                    prompt_logprobs=(body.prompt_logprobs, limits.max_logprobs))
+        prompts = [await front.encode(p) if isinstance(p, str) else p for p in prompts]
+        return await front.generate(request, TextSample, body, prompts, body.sampling_params)
+
+
+def add_chat(app: fastapi.FastAPI, front: Front, template: ChatTemplate | None) -> None:
+    """/v1/chat/completions, if there is a template."""
+    path = "/v1/chat/completions"
+    if template is None:
+        @app.post(path, include_in_schema=False)
+        async def no_chat():
+            raise APIError(404, "this server has no chat template: start it with --chat_template=FILE, or with an "
+                           "--init_from=DIR that brings one in tokenizer_config.json or chat_template.jinja")
+        return
+
+    @app.post(path, response_model=protocol.ChatCompletion, responses=STREAMED)
+    async def chat_completions(body: protocol.ChatRequest, request: fastapi.Request):
+        front.check(body, top_logprobs=(body.top_logprobs, front.config.max_logprobs))
+        front.worker.check()  # its pages are counted once it is warm
+        messages = [message.plain() for message in body.messages]
+        try:
+            prompt = await asyncio.to_thread(template.encode, messages, body.add_generation_prompt is not False)
+            require(bool(prompt), "the chat template makes an empty prompt of these messages")
+        except ValueError as e:
+            raise APIError(400, str(e), param="messages") from e
+        size = min(front.max_model_len, front.worker.stats.pages * front.config.engine.page_size)
+        room = max(1, size - len(prompt))  # if there is none, the engine says it with its numbers
+        return await front.generate(request, ChatSample, body, [prompt], partial(body.sampling_params, room))
+
+
+def add_tokens(app: fastapi.FastAPI, front: Front) -> None:
+    """The vocabulary: /tokenize and /detokenize."""
     @app.post("/tokenize")
     async def tokenize(body: protocol.TokenizeRequest) -> protocol.Tokens:
-        check_model(body.model)
-        tokens = await encode(body.prompt)
-        return protocol.Tokens(tokens=tokens, count=len(tokens), max_model_len=max_model_len)
+        front.check_model(body.model)
+        tokens = await front.encode(body.prompt)
+        return protocol.Tokens(tokens=tokens, count=len(tokens), max_model_len=front.max_model_len)
 
     @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> protocol.Text:
-        check_model(body.model)
-        if wrong := [t for t in body.tokens if t >= tokenizer.vocab_size]:
-            raise APIError(400, f"tokens has token {wrong[0]}, and the vocabulary ends at {tokenizer.vocab_size - 1}",
+        front.check_model(body.model)
+        if wrong := [t for t in body.tokens if t >= front.tokenizer.vocab_size]:
+            raise APIError(400, f"tokens has token {wrong[0]}, and the vocabulary ends at {front.tokenizer.vocab_size - 1}",
                            param="tokens")
-        return protocol.Text(prompt=tokenizer.decode(body.tokens))
+        return protocol.Text(prompt=front.tokenizer.decode(body.tokens))
+
+
+def add_state(app: fastapi.FastAPI, front: Front) -> None:
+    """How the server is: models, health, metrics, version, pool."""
+    worker = front.worker
+
+    @app.get("/v1/models")
+    async def models() -> protocol.ModelList:
+        card = protocol.ModelCard(id=front.config.model_name, created=front.started, max_model_len=front.max_model_len)
+        return protocol.ModelList(data=[card])
 
     @app.get("/health")
     async def health() -> protocol.Health:
-        if problem := worker.problem():
-            raise unavailable(problem)
+        worker.check()
         return protocol.Health()
 
     @app.get("/metrics", response_class=fastapi.responses.PlainTextResponse)
@@ -255,16 +181,50 @@ def create_app(config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_mo
             engine.stats(), engine.snapshot(), {i: job.request_id for i, (job, _) in worker.jobs.items()}))
         used = [protocol.Page(page=i, holders=holders, cached=cached)
                 for i, (holders, cached) in enumerate(pages) if holders or cached]
-        return protocol.Pool(pages=len(pages), page_size=config.engine.page_size, running=stats.running, waiting=stats.waiting,
-                             requests=names, used=used)
+        return protocol.Pool(pages=len(pages), page_size=front.config.engine.page_size, running=stats.running,
+                             waiting=stats.waiting, requests=names, used=used)
+
+
+def add_page(app: fastapi.FastAPI) -> None:
+    """A page to try the model on, and to watch the page pool."""
+    html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
     async def page() -> Response:
-        """A page to try the model on, and to watch the page pool."""
         return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
                                            "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"})
 
+
+def add_error_form(app: fastapi.FastAPI) -> None:
+    """Whatever goes wrong is answered in OpenAI's error form."""
+    @app.exception_handler(APIError)
+    async def api_error(request, e: APIError) -> Response:
+        return e.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request, e: HTTPException) -> Response:
+        return APIError(e.status_code, str(e.detail), headers=e.headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request, e: RequestValidationError) -> Response:
+        return invalid_request(e.errors()).response()
+
+    @app.exception_handler(Exception)
+    async def failed(request, e: Exception) -> Response:  # the log has the traceback
+        return APIError(500, "internal error").response()
+
+
+def create_app(front: Front, template: ChatTemplate | None) -> fastapi.FastAPI:
+    """All routes."""
+    app = fastapi.FastAPI(title="JAX-nanoGPT-vLLM", version=VERSION, docs_url=None, redoc_url=None,
+                          responses={"4XX": {"model": protocol.Error}, "5XX": {"model": protocol.Error}})
+    add_error_form(app)
+    add_completions(app, front)
+    add_chat(app, front, template)
+    add_tokens(app, front)
+    add_state(app, front)
+    add_page(app)
     return app
 
 
@@ -327,7 +287,8 @@ class Server(uvicorn.Server):
         self.worker = Worker(make_engine, config, metrics)
         metrics.stats = lambda: self.worker.stats and (self.worker.stats, self.worker.queued)
         self.worker.on_death = lambda: setattr(self, "should_exit", True)
-        app = Gate(create_app(config, self.worker, tokenizer, max_model_len), config.api_key, config.max_body_bytes)
+        app = create_app(Front(config, self.worker, tokenizer, max_model_len), load_template(config, tokenizer))
+        app = Gate(app, config.api_key, config.max_body_bytes)
         if config.cors_origins:
             app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"],
                                  expose_headers=["X-Request-Id"])

@@ -16,6 +16,8 @@ class Tokenizer(ABC):
     vocab_size: int
     eos_id: int | None
     """the token that ends a document, if the vocabulary has one"""
+    special_tokens: dict[str, int]
+    """the tokens that no text becomes, by the text they are written as"""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -39,6 +41,7 @@ class CharTokenizer(Tokenizer):
 
     name = "char"
     eos_id = None
+    special_tokens = {}
 
     def __init__(self, chars: str):
         self.chars = chars
@@ -77,6 +80,7 @@ class GPT2Tokenizer(Tokenizer):
                              "set TIKTOKEN_CACHE_DIR to a tiktoken cache that holds them") from e
         self.vocab_size = self.bpe.n_vocab
         self.eos_id = self.bpe.eot_token
+        self.special_tokens = {"<|endoftext|>": self.eos_id}
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(text)
@@ -125,6 +129,7 @@ class HFTokenizer(Tokenizer):
         self.bpe.encode_special_tokens = True  # that is: as ordinary text
         self.bpe.no_truncation()  # tokenizer.json may ask for either
         self.bpe.no_padding()
+        self.special_tokens = {t.content: i for i, t in self.bpe.get_added_tokens_decoder().items() if t.special}
         self.bytes = {i: bytes_of(token) for token, i in self.bpe.get_vocab().items()}
         self.vocab_size = max(self.bytes) + 1
 

@@ -86,7 +86,7 @@ class Worker(threading.Thread):
     # On the event loop.
 
     def problem(self) -> str | None:
-        """Why the server should get no requests now."""
+        """Why the server should get no requests now, if there is a reason."""
         began = self.step_began
         if self.draining:
             return "the server is shutting down"
@@ -98,10 +98,14 @@ class Worker(threading.Thread):
             return f"the engine's step has taken more than step_timeout={self.config.step_timeout} s"
         return None
 
-    async def submit(self, job: Job) -> None:
-        """Returns once the engine has accepted the job. Raises APIError."""
+    def check(self) -> None:
+        """Raises APIError if the server should get no requests now."""
         if problem := self.problem():
             raise unavailable(problem)
+
+    async def submit(self, job: Job) -> None:
+        """Returns once the engine has accepted the job. Raises APIError."""
+        self.check()
         with self.wake:
             waiting, limit = self.stats.waiting + self.queued, self.config.max_waiting
             if waiting + len(job.prompts) > limit:
@@ -141,8 +145,7 @@ class Worker(threading.Thread):
 
     async def ask(self, question: Callable[[Engine], object]) -> object:
         """question(engine), asked between steps."""
-        if problem := self.problem():
-            raise unavailable(problem)
+        self.check()
         answer = self.loop.create_future()
         settle = lambda value: answer.done() or answer.set_result(value)
         self.command(lambda: self._post(settle, question(self.engine)))

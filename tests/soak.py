@@ -1,7 +1,7 @@
 """Mixed load on one server process for as long as you like: python tests/soak.py --minutes=30
 
-Whole and streamed requests, mistakes, clients that leave early and readers that stop reading, from 32 threads at once. At the end: no
-5xx, all pages free, memory flat, throughput steady; the last line is one JSON object, the exit code says whether all held.
+Whole and streamed requests, mistakes, clients that leave early and readers that stop reading, from 32 threads at once. At the
+end: no 5xx, all pages free, memory flat, throughput steady. The last line is one JSON object, the exit code tells if all held.
 tests/test_server.py runs it for a few seconds in its own process.
 """
 
@@ -20,7 +20,8 @@ from pathlib import Path
 import requests
 
 ROOT = Path(__file__).parents[1]
-MISTAKES = [{"prompt": "a", "top_p": 2}, {"prompt": "a", "x": 1}, {"prompt": 1}, {"prompt": "a", "max_tokens": 10**6}, {"prompt": []}]
+MISTAKES = [{"prompt": "a", "top_p": 2}, {"prompt": "a", "x": 1}, {"prompt": 1}, {"prompt": "a", "max_tokens": 10**6},
+            {"prompt": []}]
 
 
 def client(url: str, seed: int, stop: threading.Event, counts: Counter) -> None:
@@ -28,8 +29,9 @@ def client(url: str, seed: int, stop: threading.Event, counts: Counter) -> None:
     draw, session = random.Random(seed), requests.Session()
     host, port = url.removeprefix("http://").split(":")
     while not stop.is_set():
-        body = {"prompt": "".join(draw.choices("abcdef ", k=draw.randint(1, 60))), "max_tokens": draw.randint(1, 60), "n": draw.choice([1, 1, 1, 3]),
-                "temperature": draw.choice([0, 1]), "logprobs": draw.choice([None, 5]), "stop": draw.choice([None, ["e", "ab"]])}
+        body = {"prompt": "".join(draw.choices("abcdef ", k=draw.randint(1, 60))), "max_tokens": draw.randint(1, 60),
+                "n": draw.choice([1, 1, 1, 3]), "temperature": draw.choice([0, 1]), "logprobs": draw.choice([None, 5]),
+                "stop": draw.choice([None, ["e", "ab"]])}
         kind = draw.choice(["whole", "whole", "stream", "stream", "mistake", "leave", "leave", "stuck"])
         if kind == "mistake":
             status = session.post(f"{url}/v1/completions", json=draw.choice(MISTAKES), timeout=60).status_code
@@ -37,8 +39,8 @@ def client(url: str, seed: int, stop: threading.Event, counts: Counter) -> None:
         elif kind in ("leave", "stuck"):
             with socket.create_connection((host, int(port)), timeout=60) as connection:
                 data = json.dumps(body | {"stream": draw.choice([False, True])}).encode()
-                connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-                                   % (len(data), data))
+                connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                                   b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
                 stop.wait(draw.random() * (0.05 if kind == "leave" else 1))
             status = kind
         else:
@@ -90,11 +92,13 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = flags.init_from or tiny(Path(directory) / "tiny")
-        process = subprocess.Popen([sys.executable, "server.py", f"--init_from={model}", "--port=0", "--kv_blocks=129", "--page_size=8",
-                                    "--prefill_tokens=64", "--max_num_seqs=8", "--max_waiting=64"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        flags = ["--port=0", "--kv_blocks=129", "--page_size=8", "--prefill_tokens=64", "--max_num_seqs=8", "--max_waiting=64"]
+        command = [sys.executable, "server.py", f"--init_from={model}", *flags]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
             url = next(json.loads(line)["event"].rsplit(" ", 1)[1] for line in process.stderr if '"serving' in line)
-            threading.Thread(target=lambda: [print(line, end="") for line in process.stderr if '"ERROR"' in line], daemon=True).start()
+            errors = (line for line in process.stderr if '"ERROR"' in line)
+            threading.Thread(target=lambda: [print(line, end="") for line in errors], daemon=True).start()
             while requests.get(f"{url}/health", timeout=60).status_code != 200:
                 time.sleep(0.2)
             report = soak(url, flags.minutes * 60, lambda: int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4096)
@@ -121,7 +125,8 @@ def tiny(directory: Path) -> Path:
     from tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyz 0123456789")
-    GPT(GPTConfig(block_size=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32), rngs=nnx.Rngs(0)).save_pretrained(directory, tokenizer)
+    config = GPTConfig(block_size=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32)
+    GPT(config, rngs=nnx.Rngs(0)).save_pretrained(directory, tokenizer)
     return directory
 
 
