@@ -262,8 +262,9 @@ class Gate:
             if scope["path"] == "/health" or self.allows(headers.get(b"authorization", b"")):
                 await self.app(scope, limited_receive, send_with_id)
             else:
+                # A browser asks for a password; Chromium does not if Bearer is offered, too.
                 refusal = APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
-                                   headers={"WWW-Authenticate": 'Basic realm="the API key is the password", Bearer'})
+                                   headers={"WWW-Authenticate": 'Basic realm="the API key is the password"'})
                 await refusal.response()(scope, receive, send_with_id)
         finally:
             entry["seconds"] = round(time.perf_counter() - begin, 4)
