@@ -11,7 +11,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -126,6 +126,9 @@ class TrainConfig:
     """micro-batches per update"""
     loss_chunks: int = 1
     """compute the loss in this many pieces along T, so that float32 logits (B, T, V) are never held at once"""
+    dry_run: bool = False
+    """do not train: print what a step takes on that mesh in memory, FLOPs and communication, on simulated devices if there are
+    too few; needs no data and writes nothing"""
     mesh: str | None = None
     """how devices share the work: AXIS:SIZE,... of data, fsdp, tensor, context, layers (see docs/distributed.md), -1 once for the
     rest; default: all devices share the batch, and the weights too if they are large"""
@@ -564,6 +567,8 @@ def parse(config_class: type[Config], presets: dict[str, Config] | None = None, 
             default = presets[name]
         elif not {"-h", "--help"} & set(argv):
             fail(f"name a preset first: {', '.join(presets)}")
+    flags = booleans(config_class)
+    argv = [f"{a}=True" if a in flags and after.startswith("--") else a for a, after in zip(argv, [*argv[1:], "--"])]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -573,6 +578,13 @@ def parse(config_class: type[Config], presets: dict[str, Config] | None = None, 
         if e.code:
             fail(sentence_of(errors.getvalue()))
         raise
+
+
+def booleans(config_class: type) -> set[str]:
+    """The flags that are True or False; alone they are True."""
+    kinds = get_type_hints(config_class)
+    nested = [booleans(kind) for kind in kinds.values() if dataclasses.is_dataclass(kind)]
+    return {f"--{name}" for name, kind in kinds.items() if kind is bool}.union(*nested)
 
 
 def parse_command(commands: dict[str, tuple[type[Config], dict[str, Config] | None]]) -> Config:

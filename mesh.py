@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from config import TrainConfig, require
 
@@ -26,6 +26,7 @@ PEAK_FLOPS = {
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a process that does not answer is given up, and all end
 CPU_DEVICE_FLOPS = 500_000_000  # per micro-batch: below, a CPU device costs more time than it saves
+MOST_CPU_DEVICES = 2048  # that XLA compiles for in one process
 
 # From the axis that talks least to the one that talks most, whose devices are neighbours.
 AXES = {
@@ -50,9 +51,8 @@ SPECS = {  # end of a parameter's path -> how it lies on the mesh; what is not h
 }
 
 
-def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of "data:2,fsdp:-1" over all devices: axes of AXES and their sizes, -1 once for the rest. Raises ValueError."""
-    devices = jax.devices() if devices is None else devices
+def mesh_shape(sizes: str, devices: int) -> dict[str, int]:
+    """{axis: size} of "data:2,fsdp:-1" over so many devices: axes of AXES and their sizes, -1 once for the rest. Raises ValueError."""
     shape = dict.fromkeys(AXES, 1)
     for part in sizes.split(","):
         name, _, size = part.partition(":")
@@ -62,9 +62,16 @@ def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     rest = [name for name, size in shape.items() if size == -1]
     require(len(rest) <= 1, f"--mesh={sizes}: only one axis can have the rest (-1), not {' and '.join(rest)}")
     for name in rest:
-        shape[name] = max(1, len(devices) // -math.prod(shape.values()))
+        shape[name] = max(1, devices // -math.prod(shape.values()))
     product = math.prod(shape.values())
-    require(product == len(devices), f"--mesh={sizes} asks for {product} devices, but there are {len(devices)}")
+    require(product == devices, f"--mesh={sizes} asks for {product} devices, but there are {devices}")
+    return shape
+
+
+def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of mesh_shape, by default over all devices."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
@@ -81,7 +88,28 @@ def training_mesh(config: TrainConfig) -> Mesh:
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
         state_bytes = 16 * config.model.num_params()  # float32 parameters, gradients and two moments
         mesh = make_mesh("fsdp:-1" if state_bytes > memory / 4 else "data:-1", jax.devices()[:n])
+    require_equal_pieces(config, mesh)
+    return mesh
 
+
+def planned_mesh(config: TrainConfig) -> Mesh | AbstractMesh:
+    """The mesh of config.mesh for a run that is only planned: on the first of the devices there are, on simulated ones (see
+    use_cpu_cores) where these are too few, on none at all where there are not as many of those either. Raises ValueError."""
+    if config.mesh is None:
+        return training_mesh(config)
+    n = jax.device_count() if "-1" in config.mesh else devices_named(config.mesh)
+    found = [devices for devices in (jax.devices(), jax.devices("cpu")) if len(devices) >= n]
+    if found:
+        mesh = make_mesh(config.mesh, found[0][:n])
+    else:
+        shape = mesh_shape(config.mesh, n)
+        mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    require_equal_pieces(config, mesh)
+    return mesh
+
+
+def require_equal_pieces(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError for what the mesh cannot cut into equal pieces."""
     def check(what: str, size: int, axes: str | tuple[str, ...]) -> None:
         over = {axis: mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[axis] > 1}
         require(size % math.prod(over.values()) == 0, f"{what}={size} must be divisible by {math.prod(over.values())}, the mesh's "
@@ -96,14 +124,22 @@ def training_mesh(config: TrainConfig) -> Mesh:
     check("the padded vocab_size", model.padded_vocab_size, "tensor")
     check("block_size", model.block_size, "context")
     check("block_size / loss_chunks", model.block_size // config.loss_chunks, "context")
-    return mesh
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: Mesh | AbstractMesh) -> str:
     """data:2 x fsdp:4 on 8 of 16 x NVIDIA H100"""
     axes = " x ".join(f"{axis}:{n}" for axis, n in mesh.shape.items() if n > 1) or "no mesh"
-    of = "" if mesh.size == jax.device_count() else f"{mesh.size} of "
-    return f"{axes} on {of}{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if isinstance(mesh, AbstractMesh):
+        return f"{axes}, {mesh.size} devices that are not here"
+    device = mesh.devices.flat[0]
+    count = jax.device_count(device.platform)
+    of = "" if mesh.size == count else f"{mesh.size} of "
+    return f"{axes} on {of}{count} x {device.device_kind}"
+
+
+def devices_named(sizes: str) -> int:
+    """How many devices "data:2,fsdp:4,tensor:-1" names, without the rest."""
+    return math.prod(int(size) for size in re.findall(r":(\d+)", sizes))
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -136,7 +172,7 @@ def use_cpu_cores(config: TrainConfig, processes: int = 1) -> None:
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         n = jax.config.jax_num_cpu_devices
     elif config.mesh is not None:
-        n = math.prod(int(size) for size in re.findall(r":(\d+)", config.mesh)) // processes
+        n = min(devices_named(config.mesh) // processes, MOST_CPU_DEVICES)
     else:
         flops = config.model.flops_per_token * config.batch_size * config.model.block_size
         n = largest_divisor(config.batch_size // processes, min(len(os.sched_getaffinity(0)), flops // CPU_DEVICE_FLOPS))
@@ -165,11 +201,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, partition_spec(path)), tree)
 
 
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of a batch (..., B, T), whose rows are sharded."""
+    return NamedSharding(mesh, P(*[None] * (ndim - 2), ROWS, None))
+
+
 def put_batch(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
     """An array of `shape` (..., B, T) whose rows are sharded over the mesh. read(rows) gives (..., b, T) of a slice of the B rows;
     it is asked only for rows that belong on this process's devices."""
-    sharding = NamedSharding(mesh, P(*[None] * (len(shape) - 2), ROWS, None))
-    return jax.make_array_from_callback(shape, sharding, lambda index: read(index[-2]))
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, len(shape)), lambda index: read(index[-2]))
 
 
 def constrain(mesh: Mesh, x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
@@ -194,12 +234,23 @@ def gather(mesh: Mesh, weights: Any) -> Any:
 class Layout:
     """How a GPT in training is spread over `mesh`: what model.OneDevice is for one device."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     remat: bool  # of the blocks, as GPTConfig has it
 
     @property
     def shards(self) -> tuple[int, int]:
         return math.prod(self.mesh.shape[axis] for axis in ROWS), self.mesh.shape["context"]
+
+    @property
+    def width_shards(self) -> int:
+        """Into how many parts heads, the MLP and the vocabulary are cut."""
+        return self.mesh.shape["tensor"]
+
+    def stages(self, rows: int) -> tuple[int, int]:
+        """Stages of the pipeline, and micro-batches that `rows` rows go through it in: (1, 1) if there is no pipeline."""
+        S = self.mesh.shape["layers"]
+        # Up to four micro-batches a stage: then stages idle for less than a fifth of the time.
+        return S, S * largest_divisor(rows // self.shards[0], 4) if S > 1 else 1
 
     def scan(self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1) -> tuple[tuple, None]:
         """jax.lax.scan over the blocks; tells XLA how rows and weights lie on the mesh, and is a pipeline along "layers".
@@ -219,13 +270,11 @@ class Layout:
 
         if mesh.shape["fsdp"] > 1:  # weights are gathered again for the backward pass: kept, they would be whole everywhere
             layer = jax.checkpoint(layer, prevent_cse=False, policy=None if self.remat else not_gathered)
-        S = mesh.shape["layers"]
+        S, M = self.stages(len(x))
         if S == 1:
             x, _ = jax.lax.scan(lambda x, weights_and_index: (layer(x, keys, weights_and_index), None), x, layers, unroll=unroll)
         else:
-            # Up to four micro-batches a stage: then stages idle for less than a fifth of the time.
-            micro_batches = S * largest_divisor(len(x) // self.shards[0], 4)
-            x = pipeline(layer, x, keys, layers, mesh=mesh, axis="layers", micro_batches=micro_batches, unroll=unroll)
+            x = pipeline(layer, x, keys, layers, mesh=mesh, axis="layers", micro_batches=M, unroll=unroll)
         return (x, cache, keys), None
 
 

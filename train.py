@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+import dry_run
 import pretrained
 from config import GPTConfig, TrainConfig, require
 from mesh import PEAK_FLOPS, connect, describe, put_batch, training_mesh, use_cpu_cores
@@ -298,6 +299,9 @@ def start(config: TrainConfig, meta: dict, processes: int) -> tuple[TrainConfig,
 
 def train(config: TrainConfig) -> int:
     """Run to config.max_iters, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
+    if config.dry_run:
+        print(*dry_run.report(config, train_step), sep="\n")
+        return 0
     files, meta = load_data(config.data_path)
     config, state, checkpoints = start(config, meta, connect(config))
     step = first = int(state.step)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import utils
-from dry_run import collective_ops
+from dry_run import activation_bytes, collective_ops, matmul_flops, shard_bytes
 from mesh import make_mesh, partition_spec, pipeline, put_batch, training_mesh
 from mesh_table import EVERYTHING, PLAIN, batches, compiled_step, configure, difference, mesh_of, on_one_device, train_on
-from model import dropout
+from model import GPT, dropout
 from train import eval_step
 from utils import Checkpoints, TrainState
 
@@ -81,6 +82,42 @@ def test_what_goes_through_the_network(layout):
     for kind, budget in BUDGETS[layout].items():
         assert budget / 3 < sent[kind] <= budget or budget == sent[kind] == 0, (kind, sent[kind] / N, sent[kind] / X)
     assert sum(sent[kind] for kind in sent if kind not in BUDGETS[layout]) < 0.02 * N, sent
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_a_plan_has_the_bytes_of_the_state(layout):
+    """Catches a plan that forgets the optimizer, divides what is replicated, or differs on devices that are not there."""
+    there = mesh_of(layout)
+    for mesh in (there, there.abstract_mesh):
+        plan = TrainState.shapes(configure(**CASES[layout]), mesh)
+        assert shard_bytes((plan.params, plan.opt_state)) == result(layout).state_bytes
+
+
+def test_a_plan_counts_the_matmuls():
+    """Catches loops counted once, a dot missed in a fusion, layouts that compute the same thing on every device. Of 6 N + 12 L C T
+    3 % are no matmuls here, but biases and LayerNorm."""
+    config = configure()
+    flops = {layout: matmul_flops(compiled_step(layout, config).as_text()) for layout in ("data:1", "fsdp:8", "tensor:4")}
+    tokens = config.batch_size * config.model.block_size
+    assert flops["data:1"] == pytest.approx(tokens * config.model.flops_per_token, rel=0.05)
+    assert 8 * flops["fsdp:8"] == 4 * flops["tensor:4"] == flops["data:1"]
+
+
+@pytest.mark.parametrize("options", [dict(dropout=0.1), dict(dtype="bfloat16"), dict(activation="gelu"), dict(remat=True)])
+def test_a_plan_has_the_activations(options):
+    """Catches an activation that model.py keeps and the estimate does not know, or the other way round: for one device, against
+    what jax.vjp keeps, without the parameters."""
+    config = configure(n_embd=64, n_layer=16, **options)
+    B, T = config.batch_size, config.model.block_size
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: GPT(config.model, rngs=nnx.Rngs(0))))
+    tokens, key = jnp.zeros((B, T), int), jax.random.key(0)
+    loss = lambda params: nnx.merge(graphdef, params).loss(tokens, tokens, dropout_key=key)
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
+    sizes = {a.size for a in jax.tree.leaves(params)}
+    held = sum(a.size * a.dtype.itemsize for a in kept if a.size not in sizes)
+    blocks, with_remat, rest = activation_bytes(config, mesh_of("data:1"))
+    computed_again = blocks / config.model.n_layer  # with remat, one block at a time
+    assert held == pytest.approx((with_remat - computed_again if config.model.remat else blocks) + rest, rel=0.05)
 
 
 @pytest.mark.parametrize("stages, micro_batches", [(2, 2), (4, 8)])

@@ -28,6 +28,12 @@ def test_flags_override_the_preset_and_nothing_else():
     assert parse(TrainConfig, TRAIN_PRESETS, ["--preset=gpt2"]) == TRAIN_PRESETS["gpt2"]
 
 
+def test_a_boolean_flag_alone_is_true():
+    """Catches a flag that swallows the next one, or a value that is ignored."""
+    c = parse(TrainConfig, TRAIN_PRESETS, ["gpt2", "--remat", "--eval_only", "--tensorboard", "False", "--dry_run"])
+    assert (c.model.remat, c.eval_only, c.tensorboard, c.dry_run) == (True, True, False, True)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["gpt2", "--n_leyer=3"], ["--n_leyer", "--n_layer"]),
     (["gpt2", "--n_layer=three"], ["--n_layer", "three"]),

@@ -91,8 +91,19 @@ def test_two_processes_killed_stopped_and_moved_to_one(data_dir, tmp_path):
     np.testing.assert_allclose(list(moved.values()), list(whole.values()), rtol=1e-5)
 
 
+def test_a_dry_run_leaves_nothing_behind(tmp_path):
+    """Catches a dry run that trains, needs data, or makes files; and a mesh larger than what can be simulated."""
+    command = [sys.executable, ROOT / "train.py", "shakespeare_char_cpu", *FLAGS[:4], "--batch_size=4096", "--dry_run"]
+    small, large = (subprocess.run([*command, f"--mesh={mesh}"], cwd=tmp_path, env=FAST, capture_output=True, text=True, timeout=120)
+                    for mesh in ("data:2,fsdp:4", "data:128,fsdp:32"))
+    assert small.returncode == large.returncode == 0, small.stderr + large.stderr
+    assert "1 / 3." in small.stdout and "all-gather" in small.stdout and "4096 devices" in large.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flags, words", [
-    (["--mesh=data:2,tensor:4"], ["n_head=2", "4"]), (["--process_id=1"], ["coordinator_address", "num_processes"])])
+    (["--mesh=data:2,tensor:4"], ["n_head=2", "4"]), (["--process_id=1"], ["coordinator_address", "num_processes"]),
+    (["--mesh=data:3", "--dry_run"], ["batch_size=8", "3"])])
 def test_mistakes_are_one_sentence(data_dir, tmp_path, flags, words):
     """Catches a traceback, or an output directory, where the mesh does not fit."""
     done = subprocess.run([sys.executable, "train.py", "shakespeare_char_cpu", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}",
