@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import configparser
 import contextlib
 import http.client
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ import requests
 from flax import nnx
 
 import bench
+import config as configs
 import soak
 from config import BenchServeConfig, EngineConfig, GPTConfig, ServeConfig
 from engine import Engine
@@ -33,6 +36,7 @@ from tokenizer import CharTokenizer
 
 DEADLINE = 120  # seconds; generous, because CI machines are slow
 COMPILING = 600
+ROOT = Path(__file__).parents[1]
 TOKENIZER = CharTokenizer(string.printable[:95] + "\n€")
 CONFIG = GPTConfig(block_size=128, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=32)
 ENGINE = EngineConfig(page_size=8, kv_blocks=65, max_num_seqs=4, prefill_tokens=32)
@@ -567,12 +571,12 @@ def test_health_when_a_step_hangs(model):
     assert running.error is None
 
 
-def test_sigterm_under_load(model, tmp_path):
-    """Catches: a request that was admitted and lost at the end, an end that waits for ever, an exit code other than 0."""
-    model.save_pretrained(tmp_path / "tiny", TOKENIZER)
+@contextlib.contextmanager
+def server_process(model_dir: Path, port: int):
+    """(process, its URL, the lines of its log) of server.py, which was unhealthy until it was warm."""
     process = subprocess.Popen(
-        [sys.executable, "server.py", f"--init_from={tmp_path / 'tiny'}", "--port=0", "--kv_blocks=65", "--page_size=8",
-         "--prefill_tokens=32", "--max_num_seqs=2"], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+        [sys.executable, "server.py", f"--init_from={model_dir}", f"--port={port}", "--kv_blocks=65", "--page_size=8",
+         "--prefill_tokens=32", "--max_num_seqs=2"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"NANOGPT_API_KEY": "hidden-key"})
     lines = []
     threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
@@ -581,37 +585,95 @@ def test_sigterm_under_load(model, tmp_path):
         while not (said := [line for line in lines if "serving" in line]):
             assert time.monotonic() < end and process.poll() is None, lines
             time.sleep(0.02)
-        port = int(json.loads(said[0])["event"].rsplit(":", 1)[1])
-        url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer hidden-key"}
+        url = json.loads(said[0])["event"].rsplit(" ", 1)[1]
         codes = set()
         while 200 not in codes:
             assert time.monotonic() < end, codes
             codes.add(requests.get(f"{url}/health", timeout=DEADLINE).status_code)
             time.sleep(0.05)
         assert codes == {503, 200}, "it was healthy before it was warm"
-        assert requests.get(f"{url}/v1/models", timeout=DEADLINE).status_code == 401
-        first = threading.Event()
+        yield process, url, lines
+    finally:
+        process.kill()
+        process.wait()
 
-        def ask(i: int) -> tuple[int, bytes]:
-            last = b""
-            with requests.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 100, "stream": True}, headers=headers,
-                               stream=True, timeout=DEADLINE) as response:
+
+def test_sigkill_then_sigterm_under_load(model, tmp_path):
+    """Catches: a port or a file that a killed server leaves in the way of the next; a request that was admitted and lost at the
+    end, an end that waits for ever, an exit code other than 0."""
+    model.save_pretrained(tmp_path / "tiny", TOKENIZER)
+    headers, body = {"Authorization": "Bearer hidden-key"}, {"prompt": "a", "max_tokens": 100, "stream": True, "temperature": 0}
+
+    def ask(url: str, begun: threading.Event) -> tuple[int, bytes]:
+        last = b""
+        with requests.post(f"{url}/v1/completions", json=body, headers=headers, stream=True, timeout=DEADLINE) as response:
+            with contextlib.suppress(requests.RequestException):  # killed
                 for line in response.iter_lines():
-                    first.set()
+                    begun.set()
                     last = line or last
-                return response.status_code, last
+            return response.status_code, last
+
+    def signalled(process: subprocess.Popen, url: str, number: int) -> list[tuple[int, bytes]]:
+        """The answers to eight requests, during which the process gets a signal."""
+        begun = threading.Event()
         with ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(ask, i) for i in range(8)]
-            assert first.wait(DEADLINE)
-            process.send_signal(signal.SIGTERM)
-            answers = [f.result() for f in answers]
+            answers = [pool.submit(ask, url, begun) for _ in range(8)]
+            assert begun.wait(DEADLINE)
+            process.send_signal(number)
+            return [f.result() for f in answers if number == signal.SIGTERM or not f.exception()]
+    with server_process(tmp_path / "tiny", 0) as (process, url, _):
+        signalled(process, url, signal.SIGKILL)
+        assert process.wait(DEADLINE) == -signal.SIGKILL
+    with server_process(tmp_path / "tiny", int(url.rsplit(":", 1)[1])) as (process, url, lines):
+        assert requests.get(f"{url}/v1/models", timeout=DEADLINE).status_code == 401
+        answers = signalled(process, url, signal.SIGTERM)
         assert process.wait(DEADLINE) == 0
         assert (200, b"data: [DONE]") in answers
         assert all(last == b"data: [DONE]" for status, last in answers if status == 200), "an admitted request was lost"
         assert {status for status, _ in answers} <= {200, 503}
         assert not any("hidden-key" in line or "Traceback" in line for line in lines)
-    finally:
-        process.kill()
+
+
+def test_systemd_unit():
+    """Catches: a unit whose flags the server refuses, that kills before the drain is over or does not restart what was killed."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read(ROOT / "deploy" / "jax-nanogpt-vllm.service")
+    service = unit["Service"]
+    _, program, *flags = shlex.split(service["ExecStart"])
+    config = configs.parse(ServeConfig, argv=flags)
+    assert program == "server.py" and int(service["TimeoutStopSec"]) >= config.drain_timeout + 5 + 10
+    assert service["KillSignal"] == "SIGTERM" and service["Restart"] == "on-failure"
+    assert service["RestartPreventExitStatus"] == "2", "of a mistake in the flags, see config.fail"
+
+
+def test_drain_has_an_end(model):
+    """Catches: an end that waits for ever for one request, a client that is not told why, a second signal that waits like the
+    first, requests admitted after the first."""
+    running = Running(model, drain_timeout=0.2).ready()
+    with running.standing():
+        client = running.connection({"prompt": "a", "max_tokens": 50, "stream": True})
+        running.until(lambda: running.server.worker.open, "arrived")
+        running.drain()
+        running.until(lambda: requests.get(f"{running.url}/health", timeout=DEADLINE).status_code == 503, "draining")
+        answer = b""
+        while piece := client.recv(1 << 16):
+            answer += piece
+    assert b"drain_timeout=0.2" in answer and b"[DONE]" not in answer
+    running.thread.join(DEADLINE)
+    assert not running.thread.is_alive() and running.error is None
+
+    running = Running(model, drain_timeout=DEADLINE).ready()
+    with running.standing():
+        client = running.connection({"prompt": "a", "max_tokens": 50})
+        running.until(lambda: running.server.worker.open, "arrived")
+        running.drain()
+        running.until(lambda: running.server.worker.draining, "draining")
+        assert running.post(prompt="a").status_code == 503 and not running.server.should_exit
+        running.drain()
+        running.until(lambda: running.server.should_exit, "not waiting")
+        client.close()
+    running.thread.join(DEADLINE)
+    assert not running.thread.is_alive()
 
 
 def test_mixed_load(server):
