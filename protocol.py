@@ -136,8 +136,10 @@ class Usage(BaseModel):
 
 class Answer(BaseModel):
     id: str
+    object: str
     created: int = Field(description="seconds since 1970")
     model: str
+    choices: list
     usage: Usage | None = None
 
 
