@@ -147,38 +147,35 @@ def visible(T, context_lens, new_lens):
 
 
 def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale):
-    """Softmax in two passes over one logical page at a time, as many as the longest row needs: the scores and
-    their maximum, then the weighted values. A page beyond a row's end adds exact zeros to it. XLA on CPU orders
-    the sum of a reduction, and rounds an exp fused into one, by the size of the batch: here there are none."""
+    """FlashAttention's sum (Dao et al. 2022) over 64 positions of each row at a time, as many as the longest row needs.
+    Pages beyond a row's end add exact zeros to it. XLA on CPU orders the sum of a reduction by the size of the batch: the
+    only one here, within a dot, is over D or over one page; pages are added one by one, and weights last."""
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
-    M = block_tables.shape[1]
+    G = max(1, 64 // P)  # pages at a time
+    tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % G))) + layer * N
     k_pages, v_pages = [pages.reshape(L * N, H, P, D) for pages in (k_pages, v_pages)]  # not a slice of a layer
-    q = q.astype(jnp.float32).swapaxes(1, 2) * scale  # (B, H, T, D)
-    length = visible(T, context_lens, new_lens)  # (B, T)
-    pages = (length.max() + P - 1) // P
+    q = jnp.broadcast_to((q.astype(jnp.float32).swapaxes(1, 2) * scale)[:, None], (B, G, H, T, D))
+    length = visible(T, context_lens, new_lens)[:, None, :, None]  # (B, 1, T, 1)
+    position = jnp.arange(G * P).reshape(G, 1, P)
 
-    def page(pool, i):
-        """Page i of each row (B, H, P, D) float32, and what each token sees of it (B, 1, T, P)."""
-        x = to_float32(pool.at[layer * N + block_tables[:, i]].get(mode="promise_in_bounds"))
-        return x, (i * P + jnp.arange(P) < length[:, :, None])[:, None]
+    def step(i, state):
+        m, l, y = state  # (B, H, T, 1), (B, H, T, P), (B, H, T, D)
+        pages = jax.lax.dynamic_slice_in_dim(tables, i * G, G, axis=1)
+        k, v = [to_float32(pool.at[pages].get(mode="promise_in_bounds")) for pool in (k_pages, v_pages)]  # (B, G, H, P, D)
+        seen = i * G * P + position < length  # (B, G, T, P)
+        v = jnp.where(seen.any(2)[:, :, None, :, None], v, 0)  # 0 * NaN is NaN
+        s = jnp.where(seen[:, :, None], dot("bghtd,bghpd->bghtp", q, k), -jnp.inf)
+        m_new = jnp.maximum(m, s.max((1, 4))[..., None])
+        a, p = jnp.exp(m - m_new), jnp.exp(s - m_new[:, None])
+        py = dot("bghtp,bghpd->bghtd", p, v)
+        l, y = l * a, y * a
+        for g in range(G):
+            l, y = l + p[:, g], y + py[:, g]
+        return m_new, l, y
 
-    def scores(i, state):
-        all_s, m = state  # (M, B, H, T, P), (B, H, T, 1)
-        k, seen = page(k_pages, i)
-        s = jnp.where(seen, dot("bhtd,bhpd->bhtp", q, k), -jnp.inf)
-        return all_s.at[i].set(s), jnp.maximum(m, s.max(-1, keepdims=True))
-
-    def values(i, state):
-        l, y = state  # (B, H, T, P), (B, H, T, D)
-        v, seen = page(v_pages, i)
-        v = jnp.where(seen.any(2)[..., None], v, 0)  # 0 * NaN is NaN
-        p = jnp.exp(all_s[i] - m)
-        return l + p, y + dot("bhtp,bhpd->bhtd", p, v)
-
-    start = jnp.zeros((M, B, H, T, P)), jnp.full((B, H, T, 1), -1e30)
-    all_s, m = jax.lax.fori_loop(0, pages, scores, start)
-    l, y = jax.lax.fori_loop(0, pages, values, (jnp.zeros((B, H, T, P)), jnp.zeros((B, H, T, D))))
+    start = jnp.full((B, H, T, 1), -1e30), jnp.zeros((B, H, T, P)), jnp.zeros((B, H, T, D))
+    _, l, y = jax.lax.fori_loop(0, pl.cdiv(length.max(), G * P), step, start)
     l = sum(l[..., p] for p in range(P))
     return (y / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
 
