@@ -1,8 +1,12 @@
-"""The table of docs/distributed.md: each layout of 8 simulated devices against one device. python tests/mesh_table.py
+"""The tables of docs/distributed.md, on 8 simulated devices.
 
-Five updates in float32; the largest differences of loss and gradient norm (relative) and of the parameters (absolute), and what a
-device holds of parameters and optimizer state. tests/on_eight_devices.py has a few of these cases."""
+python tests/mesh_table.py [LAYOUT ...]    each layout against one device: five updates in float32 with each of OPTIONS; the largest
+                                           differences of loss and gradient norm (relative) and of the parameters (absolute), and what
+                                           a device holds of parameters and optimizer state. on_eight_devices.py has a few of these
+python tests/mesh_table.py axes            preset gpt2 with remat, 16 rows, on 4 devices along each axis: GB of state,
+                                           of temporary memory and of the results of collectives on one of them"""
 
+import collections
 import dataclasses
 import math
 import os
@@ -18,8 +22,9 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from config import GPTConfig, TrainConfig
-from mesh import make_mesh, put_batch
+from config import TRAIN_PRESETS, GPTConfig, TrainConfig
+from dry_run import collective_ops, matmul_flops, shard_bytes
+from mesh import Layout, batch_sharding, make_mesh, put_batch
 from train import train_step
 from utils import TrainState
 
@@ -97,17 +102,37 @@ def difference(a: Result, b: Result) -> Difference:
     return Difference(relative(a.losses, b.losses), relative(a.grad_norms, b.grad_norms), params)
 
 
-def main() -> None:
-    print("| mesh | options | loss | gradient norm | parameters | state bytes, of one device's |\n|---|---|---|---|---|---|")
-    for options in OPTIONS:
-        config = configure(**options)
-        one, names = on_one_device(config), ", ".join(f"{k}={v}" for k, v in options.items()) or "-"
-        for layout in LAYOUTS:
-            result = train_on(layout, config)
-            d = difference(result, one)
-            print(f"| {layout} | {names} | {d.loss:.0e} | {d.grad_norm:.0e} | {d.params:.0e} | 1 / {one.state_bytes / result.state_bytes:.2f} |",
-                  flush=True)
+def compare(layouts: list[str]) -> None:
+    print("| mesh | loss | gradient norm | parameters | state bytes, of one device's |\n|---|---|---|---|---|")
+    for layout in layouts:
+        ones, results = zip(*((on_one_device(config), train_on(layout, config)) for config in (configure(**o) for o in OPTIONS)))
+        worst = np.max([difference(result, one) for result, one in zip(results, ones)], axis=0)
+        share = ones[0].state_bytes / results[0].state_bytes
+        print(f"| `{layout}` |", " | ".join(f"{d:.0e}" for d in worst), f"| 1 / {share:.2f} |", flush=True)
+
+
+def axes() -> None:
+    """The last row is "layers" without pipeline(): the same scan as on the other axes, over a stack sharded along its layers."""
+    gb = lambda n: f"{n / 1e9:.2f}"
+    kinds = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
+    print("| mesh | state | temporary | FLOPs, of one device's |", " | ".join(kinds), "|\n" + "|---" * (4 + len(kinds)) + "|")
+    gpt2 = TRAIN_PRESETS["gpt2"]
+    config = dataclasses.replace(gpt2, batch_size=16, gradient_accumulation_steps=1, model=dataclasses.replace(gpt2.model, remat=True))
+    pipelined, alone = Layout.stages, None
+    for layout in ("data:1", "data:4", "fsdp:4", "tensor:4", "context:4", "layers:4", "layers:4 without pipeline"):
+        Layout.stages = pipelined if "without" not in layout else lambda self, rows: (1, 1)
+        jax.clear_caches()
+        mesh = mesh_of(layout.split()[0])
+        state = TrainState.shapes(config, mesh)
+        batch = jax.ShapeDtypeStruct((1, config.batch_size, config.model.block_size + 1), np.int32, sharding=batch_sharding(mesh, 3))
+        compiled = train_step.lower(state, batch, config).compile()
+        flops, sent = matmul_flops(compiled.as_text()), collections.Counter()
+        alone = alone or flops
+        for (kind, _, size), times in collective_ops(compiled.as_text()).items():
+            sent[kind] += times * size
+        print(f"| `{layout}` | {gb(shard_bytes((state.params, state.opt_state)))} | {gb(compiled.memory_analysis().temp_size_in_bytes)} |",
+              f"1 / {alone / flops:.2f} |", " | ".join(gb(sent[kind]) if sent[kind] else "-" for kind in kinds), "|", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    axes() if sys.argv[1:] == ["axes"] else compare(sys.argv[1:] or LAYOUTS)

@@ -39,16 +39,20 @@ def data_dir(tmp_path_factory) -> Path:
     return directory
 
 
-def start(data_dir: Path, out_dir: Path, processes: int) -> list[subprocess.Popen]:
-    """A run on a mesh of 4 CPU devices in one or more processes, which end at step 60."""
+def start(data_dir: Path, out_dir: Path, processes: int, slurm: bool = False) -> list[subprocess.Popen]:
+    """A run on a mesh of 4 CPU devices in one or more processes, which end at step 60 and know of each other by flags or as in a
+    SLURM step."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "train.py", "shakespeare_char_cpu", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *FLAGS,
                "--mesh=data:2,fsdp:2"]
     flags = lambda i: [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-    return [subprocess.Popen(command + (flags(i) if processes > 1 else []), cwd=ROOT, env=FAST, stderr=subprocess.STDOUT,
-                             stdout=open(f"{out_dir}.{i}.log", "w")) for i in range(processes)]
+    step = lambda i: {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(i),
+                      "SLURM_LOCALID": str(i), "SLURM_STEP_NUM_TASKS": str(processes), "JAX_COORDINATOR_PORT": str(port)}
+    return [subprocess.Popen(command + (flags(i) if processes > 1 and not slurm else []), cwd=ROOT, stderr=subprocess.STDOUT,
+                             env={**FAST, **(step(i) if slurm else {})}, stdout=open(f"{out_dir}.{i}.log", "w"))
+            for i in range(processes)]
 
 
 def log(out_dir: Path) -> dict[int, float]:
@@ -78,7 +82,7 @@ def test_two_processes_killed_stopped_and_moved_to_one(data_dir, tmp_path):
     assert wait(pair)[1] != 0
     assert "another task died" in Path(f"{out_dir}.1.log").read_text()
 
-    pair = start(data_dir, out_dir, 2)
+    pair = start(data_dir, out_dir, 2, slurm=True)
     at_step(out_dir, 42)
     pair[1].send_signal(signal.SIGTERM)  # the other one does not hear it
     assert wait(pair) == [143, 143]
