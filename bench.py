@@ -314,7 +314,7 @@ def hf_continuous(config: BenchGenerateConfig, requests: list) -> Callable:
 
     model, page = hf_model(config), 256
     pages = sum(-(-(len(prompt) + n) // page) for prompt, n in requests)
-    settings = ContinuousBatchingConfig(page_size=page, num_blocks=pages + 1, max_batch_tokens=config.engine.prefill_tokens + len(requests))
+    settings = ContinuousBatchingConfig(page_size=page, num_blocks=pages + 1, max_batch_tokens=128 + len(requests))
 
     def generate(requests: list) -> None:
         with model.continuous_batching_context_manager(continuous_batching_config=settings) as manager:

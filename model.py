@@ -160,14 +160,16 @@ class Block(nnx.Module):
 class KVCache:
     """Dense keys and values of B rows, with room for S tokens each. Rows may hold different numbers of tokens."""
 
-    k: jax.Array       # (L, B, H, S, D) in the compute dtype
+    k: jax.Array       # (L, B, H, S, D) in the compute dtype; float32 on CPU
     v: jax.Array       # (L, B, H, S, D)
     length: jax.Array  # (B,) int32 tokens held
 
     @classmethod
     def create(cls, config: GPTConfig, batch: int, slots: int) -> "KVCache":
+        """Empty. XLA on CPU converts a whole bfloat16 array to float32 and back to write into it, so there it is float32."""
         shape = (config.n_layer, batch, config.n_head, slots, config.head_dim)
-        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros(batch, jnp.int32))
+        dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     def positions(self, T: int) -> jax.Array:
         """(B, T) positions of the next T tokens of each row."""
