@@ -213,6 +213,15 @@ def test_stream_is_the_whole_in_pieces(server, extra):
                 assert sum((p["logprobs"][name] for p in pieces), []) == values
 
 
+def test_streamed_prompt_logprobs_do_not_wait_for_text(server):
+    """Catches: prompt logprobs that are lost because the first token's text is withheld: it could begin a stop string."""
+    body = dict(prompt="abc", max_tokens=3, prompt_logprobs=1, logit_bias={TOKENIZER.ids["q"]: 100.0}, stop=["qz"])
+    [whole] = server.complete(**body)["choices"]
+    pieces = [chunk["choices"][0] for chunk in events(server.post(**body, stream=True))]
+    assert whole["text"] == "qqq" == "".join(p["text"] for p in pieces) and pieces[0]["text"] == ""
+    assert pieces[0]["prompt_logprobs"] == whole["prompt_logprobs"] and len(whole["prompt_logprobs"]) == 3
+
+
 CHAT = [{"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
 
