@@ -89,10 +89,12 @@ def ours_train(config: TrainConfig, tokens: Path) -> Callable:
 
     import train
     import utils
-    from mesh import training_mesh, use_cpu_cores
+    from mesh import PEAK_FLOPS, training_mesh, use_cpu_cores, whole_sequences
+    from model import choose_attention
 
     use_cpu_cores(config)
     mesh = training_mesh(config)
+    config = dataclasses.replace(config, model=choose_attention(config.model, whole_sequences(mesh)))
     state = utils.TrainState.create(config, mesh=mesh)
     batches = train.batches(train.TokenFile(tokens, "uint16"), config, 0, mesh)
 
@@ -104,8 +106,12 @@ def ours_train(config: TrainConfig, tokens: Path) -> Callable:
         float(metrics["loss"])
 
     def memory() -> dict:
-        stats = jax.devices()[0].memory_stats()
-        return {"peak_device_mib": stats["peak_bytes_in_use"] >> 20} if stats else {}
+        device, told = jax.devices()[0], {"attention": config.model.attention}
+        if stats := device.memory_stats():
+            told["peak_device_mib"] = stats["peak_bytes_in_use"] >> 20
+        if device.device_kind in PEAK_FLOPS:
+            told["peak_flops"] = PEAK_FLOPS[device.device_kind] * mesh.size
+        return told
 
     run.memory = memory
     return run
@@ -168,11 +174,13 @@ def bench_train(config: BenchTrainConfig) -> dict:
             for name, compile_ in (("nanogpt_eager", False), ("nanogpt_compile", True)):
                 contenders[name] = Contender(nanogpt_train, train, tokens, config.nanogpt, compile_)
         take_turns(contenders, config.rounds, config.steps)
-        results = {}
-        for name, contender in contenders.items():
-            results[name] = {"ms_per_step": round(contender.median * 1e3, 2), "tokens_per_s": round(per_step / contender.median),
-                             **contender.close()}
-            print(f"{name:16}" + ", ".join(f"{key} {value:,}" for key, value in results[name].items()))
+        results = {name: {"ms_per_step": round(contender.median * 1e3, 2), "tokens_per_s": round(per_step / contender.median),
+                          **contender.close()} for name, contender in contenders.items()}
+    peak = results["ours"].pop("peak_flops", None)
+    for name, result in results.items():
+        if peak:  # model FLOPs utilization: flops_per_token * tokens per second / the device's peak
+            result["mfu"] = round(result["tokens_per_s"] * model.flops_per_token / peak, 4)
+        print(f"{name:16}" + ", ".join(f"{key} {value}" for key, value in result.items()))
     peers = [c.median for name, c in contenders.items() if name != "ours"]
     ratio = {"ratio": round(min(peers) / contenders["ours"].median, 3)} if peers else {}
     return {"bench": "train", "preset": config.preset, "dtype": model.dtype, **results, **ratio}

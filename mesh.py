@@ -126,6 +126,11 @@ def require_equal_pieces(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None
     check("block_size / loss_chunks", model.block_size // config.loss_chunks, "context")
 
 
+def whole_sequences(mesh: Mesh) -> bool:
+    """Whether a block sees whole sequences, and XLA places it: what a kernel of its own needs."""
+    return mesh.shape["context"] == mesh.shape["layers"] == 1
+
+
 def describe(mesh: Mesh | AbstractMesh) -> str:
     """data:2 x fsdp:4 on 8 of 16 x NVIDIA H100"""
     axes = " x ".join(f"{axis}:{n}" for axis, n in mesh.shape.items() if n > 1) or "no mesh"

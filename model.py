@@ -108,6 +108,28 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, rate:
     return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
 
 
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implementation: str = "cudnn") -> jax.Array:
+    """causal_attention without its scores in memory (Dao et al. 2022), rounded to dtype: cuDNN's kernel on NVIDIA GPUs."""
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation).astype(jnp.float32)
+
+
+def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
+    """config with attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla. alone=False: T is
+    sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is demanded in vain."""
+    problem = ("it needs bfloat16 and no dropout" if config.dtype != "bfloat16" or config.dropout else
+               "it needs whole sequences and no pipeline" if not alone else
+               "it needs an NVIDIA GPU" if jax.default_backend() != "gpu" else None)
+    if config.attention != "xla" and not problem:
+        q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
+        try:
+            jax.block_until_ready(jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q))
+        except Exception as e:  # whatever cuDNN, its driver or its version have to say
+            problem = str(e).splitlines()[0]
+    require(config.attention != "cudnn" or not problem, f"attention=cudnn does not work here: {problem}")
+    return dataclasses.replace(config, attention="xla" if problem else "cudnn") if config.attention == "auto" else config
+
+
 class CausalSelfAttention(nnx.Module):
     def __init__(self, config: GPTConfig):
         self.config = config
@@ -120,10 +142,12 @@ class CausalSelfAttention(nnx.Module):
         B, T, C = x.shape
         H, D = self.config.n_head, self.config.head_dim
         q, k, v = (a.reshape(B, T, H, D) for a in jnp.moveaxis(self.c_attn(x, parts=3), 2, 0))
-        if cache is None:
-            y = causal_attention(q, k, v, self.config.dtype, self.config.dropout, keys[0])
-        else:
+        if cache is not None:
             y, cache = cache.attend(layer, q, k, v)
+        elif self.config.attention == "cudnn":
+            y = flash_attention(q, k, v, self.config.dtype)
+        else:
+            y = causal_attention(q, k, v, self.config.dtype, self.config.dropout, keys[0])
         return dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, keys[1]), cache
 
 

@@ -33,7 +33,8 @@ from tqdm import tqdm
 import dry_run
 import pretrained
 from config import GPTConfig, TrainConfig, require
-from mesh import PEAK_FLOPS, connect, describe, put_batch, training_mesh, use_cpu_cores
+from mesh import PEAK_FLOPS, connect, describe, put_batch, training_mesh, use_cpu_cores, whole_sequences
+from model import choose_attention
 from utils import Checkpoints, TrainState, learning_rate_schedule, require_same_model, write_atomically
 
 EVAL_SEED = 20240229  # of the evaluation batches: the same for every run, so that losses compare between runs
@@ -280,6 +281,8 @@ def start(config: TrainConfig, meta: dict, processes: int) -> tuple[TrainConfig,
         config = dataclasses.replace(config, model=model)
     use_cpu_cores(config, processes)
     mesh = training_mesh(config)
+    saved = config  # as config.json tells it: which kernels run here is nothing of the model
+    config = dataclasses.replace(config, model=choose_attention(config.model, whole_sequences(mesh)))
     checkpoints = Checkpoints(config.out_dir)
     latest = checkpoints.latest()
     if latest is not None:
@@ -292,7 +295,7 @@ def start(config: TrainConfig, meta: dict, processes: int) -> tuple[TrainConfig,
         state = checkpoints.restore(TrainState.shapes(config, mesh))
     if jax.process_index() == 0:
         write_atomically(config.out_dir / "config.json", json.dumps(
-            {"model": dataclasses.asdict(config.model), "train": dataclasses.asdict(config)}, indent=1, default=str))
+            {"model": dataclasses.asdict(saved.model), "train": dataclasses.asdict(saved)}, indent=1, default=str))
         write_atomically(config.out_dir / "meta.json", json.dumps(meta, indent=1))
     return config, state, checkpoints
 
@@ -309,7 +312,7 @@ def train(config: TrainConfig) -> int:
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     log.say(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
-            f"{config.model.dtype}, {describe(state.mesh)}; step {step} of {config.max_iters}")
+            f"{config.model.dtype}, {config.model.attention} attention, {describe(state.mesh)}; step {step} of {config.max_iters}")
     bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=log.silent or None)
 
     def evaluate() -> float:

@@ -12,7 +12,8 @@ from flax import nnx
 
 import model as model_module
 from config import GPTConfig
-from model import GPT, MLP, CausalSelfAttention, KVCache, LayerNorm, Sampling, causal_attention, dropout, einsum, sample, window_start
+from model import (GPT, MLP, CausalSelfAttention, KVCache, LayerNorm, Sampling, causal_attention, choose_attention, dropout, einsum, flash_attention,
+                   sample, window_start)
 
 TINY = GPTConfig(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=32)
 
@@ -333,3 +334,27 @@ def test_causal_attention_in_bfloat16_stays_close():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 2, 16)) * 3
     a, b = causal_attention(q, k, v, "float32"), causal_attention(q, k, v, "bfloat16")
     assert 0 < jnp.abs(a - b).max() < 0.1 * jnp.abs(a).max()
+
+
+def test_flash_attention_is_causal_attention():
+    """Catches another order of axes, another scale or no mask in what cuDNN is asked for (XLA does it here)."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 9, 4, 8)).astype(np.float32)
+    a, b = causal_attention(q, k, v, "bfloat16"), flash_attention(q, k, v, "bfloat16", implementation="xla")
+    assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 1e-2
+    c = flash_attention(q, k[:, ::-1], v, "bfloat16", implementation="xla")
+    assert float(jnp.linalg.norm(a - c) / jnp.linalg.norm(a)) > 0.1
+
+
+def test_attention_is_chosen_by_what_runs(monkeypatch):
+    """Catches a choice that fails, or is not made, where cuDNN does not run, and a demand for it that is dropped silently."""
+    config = dataclasses.replace(TINY, dtype="bfloat16", dropout=0.0)
+    assert choose_attention(config).attention == "xla"
+    with pytest.raises(ValueError, match="attention=cudnn does not work here: it needs an NVIDIA GPU"):
+        choose_attention(dataclasses.replace(config, attention="cudnn"))
+    with pytest.raises(ValueError, match="float32 with dropout=0.5"):
+        dataclasses.replace(config, attention="cudnn", dtype="float32", dropout=0.5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose_attention(config).attention == "xla", "cuDNN was tried in vain"
+    monkeypatch.setattr("model.flash_attention", lambda q, k, v, dtype: q)
+    assert choose_attention(config).attention == "cudnn"
+    assert choose_attention(config, alone=False).attention == choose_attention(dataclasses.replace(config, attention="xla")).attention == "xla"
