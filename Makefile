@@ -21,7 +21,13 @@ test: .venv/installed
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
+# What makes sense on an accelerator, kernels compiled. PY: a Python with a JAX that sees it.
+PY ?= .venv/bin/python
+test-gpu:
+	$(PY) -m pytest -q tests/test_model.py tests/test_train.py tests/test_paged_attention.py tests/test_engine.py -k "not mosaic_tpu"
+	$(PY) tests/same_bits.py
+
 clean:
 	rm -rf .venv out-* data/*/
 
-.PHONY: demo serve test clean
+.PHONY: demo serve test test-gpu clean

@@ -1,4 +1,4 @@
-"""Measure, in one run, against peers: python bench.py train|compile|generate|serve|eval [--key=value ...]
+"""Measure, in one run, against peers: python bench.py train|compile|generate|kernel|serve|eval [--key=value ...]
 
 Contenders run in processes of their own and take turns, so that a machine whose speed drifts is fair to all; medians count. The last
 line printed is one JSON object. Its `ratio` is ours over the best peer: above 1, ours is faster.
@@ -12,6 +12,7 @@ if __name__ == "__main__":  # flags first: --help and typos answer before JAX is
 import asyncio
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import (BenchCompileConfig, BenchEvalConfig, BenchGenerateConfig, BenchServeConfig, BenchTrainConfig, ModelConfig,
-                    TrainConfig)
+from config import (BenchCompileConfig, BenchEvalConfig, BenchGenerateConfig, BenchKernelConfig, BenchServeConfig,
+                    BenchTrainConfig, GPTConfig, ModelConfig, TrainConfig)
 
 
 class Contender:
@@ -400,6 +401,44 @@ def bench_generate(config: BenchGenerateConfig) -> dict:
     return report
 
 
+def bench_kernel(config: BenchKernelConfig) -> dict:
+    """Microseconds of each variant, median of ten runs of 12 calls that depend on each other, and the bytes per second at which
+    it reads its keys and values."""
+    import jax
+    import jax.numpy as jnp
+
+    import paged_attention as pa
+
+    name, C = config.attention or pa.default_implementation(), config.n_head * config.head_dim
+    constants = itertools.product(config.splits, config.tiles, config.warps) if name == "triton" else [(pa.SPLIT, pa.TILE, pa.WARPS)]
+    results = []
+    for rows, P, (pa.SPLIT, pa.TILE, pa.WARPS) in itertools.product(config.rows, config.page_sizes, constants):
+        pages = -(-config.context // P)
+        rng = np.random.default_rng(0)
+        tables = jnp.asarray(1 + rng.permutation(rows * pages).reshape(rows, pages), jnp.int32)
+        shape = pa.pool_shape(GPTConfig(n_layer=1, n_head=config.n_head, n_embd=C), 1 + rows * pages, P, name)
+        k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), config.dtype) for _ in range(2))
+        q = jnp.asarray(rng.standard_normal((rows, 1, config.n_head, config.head_dim)), jnp.float32)
+        lengths, one = jnp.full(rows, config.context - 1, jnp.int32), jnp.ones(rows, jnp.int32)
+
+        def calls(q, k, v):
+            attend = lambda _, q: pa.paged_attention(q, k, v, tables, lengths, one, layer=0, scale=1.0, implementation=name)
+            return jax.lax.fori_loop(0, 12, attend, q)
+
+        run, seconds = jax.jit(calls), []
+        run(q, k, v).block_until_ready()
+        for _ in range(10):
+            begin = time.perf_counter()
+            run(q, k, v).block_until_ready()
+            seconds.append((time.perf_counter() - begin) / 12)
+        each = statistics.median(seconds)
+        results.append({"rows": rows, "page_size": P, "split": pa.SPLIT, "tile": pa.TILE, "warps": pa.WARPS, "us": round(each * 1e6, 1),
+                        "gb_per_s": round(2 * rows * config.context * C * k.itemsize / each / 1e9, 1)})
+        print(", ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
+    best = {rows: min((r for r in results if r["rows"] == rows), key=lambda r: r["us"]) for rows in config.rows}
+    return {"bench": "kernel", "attention": name, "dtype": config.dtype, "context": config.context, "best": best}
+
+
 def serve_requests(config: BenchServeConfig) -> list[dict]:
     """The bodies of the requests. Their lengths go by the seed, their tokens are new each time: no prefix is in the cache."""
     lengths, tokens = np.random.default_rng(config.seed), np.random.default_rng()
@@ -586,8 +625,8 @@ def bench_eval(config: BenchEvalConfig) -> dict:
     return report
 
 
-RUN = {BenchTrainConfig: bench_train, BenchCompileConfig: bench_compile, BenchGenerateConfig: bench_generate, BenchServeConfig: bench_serve,
-       BenchEvalConfig: bench_eval}
+RUN = {BenchTrainConfig: bench_train, BenchCompileConfig: bench_compile, BenchGenerateConfig: bench_generate,
+       BenchKernelConfig: bench_kernel, BenchServeConfig: bench_serve, BenchEvalConfig: bench_eval}
 
 if __name__ == "__main__":
     with configs.user_errors():

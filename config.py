@@ -486,6 +486,29 @@ class BenchGenerateConfig:
 
 
 @dataclass(frozen=True)
+class BenchKernelConfig:
+    """Time of attention over pages in a decode step, one layer, for every combination of the kernel's constants."""
+
+    attention: str | None = None
+    """implementation (default: by device); only triton has splits, tiles and warps"""
+    rows: tuple[int, ...] = (1, 8, 64, 256)
+    """sequences in the batch, separated by spaces"""
+    context: int = 600
+    """tokens of each"""
+    n_head: int = 12
+    head_dim: int = 64
+    dtype: Dtype = "bfloat16"
+    """of keys and values"""
+    page_sizes: tuple[int, ...] = (16, 32, 64)
+    splits: tuple[int, ...] = (128, 256, 512)
+    """positions per program"""
+    tiles: tuple[int, ...] = (32, 64, 128)
+    """positions per step of a program"""
+    warps: tuple[int, ...] = (2, 4, 8)
+    """per program"""
+
+
+@dataclass(frozen=True)
 class BenchServeConfig:
     """Latency and throughput of a running server under open-loop load, and what HTTP costs over the engine alone."""
 
@@ -552,6 +575,7 @@ BENCHES = {
     "train": (BenchTrainConfig, {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
     "compile": (BenchCompileConfig, {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
     "generate": (BenchGenerateConfig, None),
+    "kernel": (BenchKernelConfig, None),
     "serve": (BenchServeConfig, None),
     "eval": (BenchEvalConfig, None),
 }

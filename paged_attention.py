@@ -187,6 +187,7 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
 # written by hand). A Mosaic GPU kernel, when it pays for its lines, is one more entry of IMPLEMENTATIONS.
 SPLIT = 256  # positions per program of the decode kernel
 TILE = 64    # positions per step of a program
+WARPS = 4    # per program
 
 
 def load_head(pages_ref, tables_ref, layer, b, h, pos, keep, d):
@@ -284,7 +285,7 @@ def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, sca
     """The sums of a decode step break at multiples of SPLIT and TILE and merge in order."""
     B, T, H, D = q.shape
     layer, lengths = layer.reshape(1), visible(T, context_lens, new_lens)
-    params = plgpu.CompilerParams(num_warps=4, num_stages=2)
+    params = plgpu.CompilerParams(num_warps=WARPS, num_stages=2)
     call = partial(pl.pallas_call, compiler_params=params, interpret=interpret)
     f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     if T > 1:
