@@ -23,14 +23,15 @@ import numpy as np
 from flax import nnx
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import (Collator, handle_stop_sequences, normalize_gen_kwargs,
-                                  postprocess_generated_text)
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 from tqdm import tqdm
 
 from config import EvalConfig, require
-from model import GPT, einsum
+from engine import Engine
+from model import einsum
+from scheduler import SamplingParams
 from utils import open_model, write_atomically
 
 
@@ -161,10 +162,8 @@ class JAXNanoGPT(TemplateLM):
         self.batch_size = config.batch_size
 
     @cached_property
-    def generator(self) -> GPT:
-        """The model with weights laid out for decoding; to scoring, with its many tokens, that is all the
-        same."""
-        return self.model.for_inference()
+    def engine(self) -> Engine:
+        return Engine(self.model, self.text)
 
     @property
     def eot_token_id(self) -> int | None:
@@ -235,38 +234,24 @@ class JAXNanoGPT(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Text generated after each context up to the first of its stop strings, which is left out."""
-        results, B = [], 8 if self.batch_size == "auto" else self.batch_size
-        by_length = lambda args: (-len(self.tok_encode(args[0])), args[0])
-        order = Collator([request.args for request in requests], by_length, group_by="gen_kwargs",
-                         group_fn=lambda args: args[1])
-        bar = tqdm(total=len(requests), desc="generate", disable=disable_tqdm)
-        for chunk in order.get_batched(n=B):
-            contexts, gen_kwargs = [context for context, _ in chunk], chunk[0][1]
-            texts = self.generate(contexts, normalize_gen_kwargs(gen_kwargs, 256), seed=len(results))
-            for context, text in zip(contexts, texts):
-                self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
-            results += texts
-            bar.update(len(texts))
-        bar.close()
-        return order.get_original(results)
+        prompts, params = zip(*(self.generation(*request.args, seed) for seed, request in enumerate(requests)))
+        outputs = self.engine.generate(prompts, list(params), progress=not disable_tqdm)
+        texts = [postprocess_generated_text(output.text, p.stop, None) for (output,), p in zip(outputs, params)]
+        for request, text in zip(requests, texts):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
 
-    def generate(self, contexts: list[str], kwargs: dict, seed: int) -> list[str]:
-        """One batch of generate_until; kwargs as normalize_gen_kwargs makes them."""
-        kwargs = dict(kwargs)
+    def generation(self, context: str, gen_kwargs: dict, seed: int) -> tuple[list[int], SamplingParams]:
+        """What the engine is asked for. As in lm-eval, too long a context loses its beginning."""
+        kwargs = normalize_gen_kwargs(gen_kwargs, 256)
         n, eos = kwargs.pop("max_gen_toks"), self.eot_token_id
         stops = handle_stop_sequences(kwargs.pop("until"), None if eos is None else self.text.decode([eos]))
         how = {"temperature": kwargs.pop("temperature", 1.0) if kwargs.pop("do_sample") else 0.0,
                "top_k": kwargs.pop("top_k", 50), "top_p": kwargs.pop("top_p", 1.0)}  # transformers' defaults
         require(not kwargs, f"not implemented among the generation_kwargs: {kwargs}")
         require(n < self.max_length, f"max_gen_toks={n} leaves no context in block_size={self.max_length}")
-        prompts = [self.tok_encode(c)[n - self.max_length:] or [self.prefix_token_id] for c in contexts]
-        new = [[] for _ in prompts]
-        for burst in self.generator.stream(prompts, n, **how, seed=seed, stop_token=eos):
-            new = [a + b for a, b in zip(new, burst)]
-            texts = [self.text.decode(tokens) for tokens in new]
-            if all(any(stop in text for stop in stops) for text in texts):
-                break
-        return [postprocess_generated_text(text, stops, None) for text in texts]
+        prompt = self.tok_encode(context)[n - self.max_length:] or [self.prefix_token_id]
+        return prompt, SamplingParams(max_tokens=n, stop=tuple(filter(None, stops)), seed=seed, **how)
 
 
 def load_tasks(names: list[str], include_path: Path | None) -> TaskManager:
