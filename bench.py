@@ -107,7 +107,7 @@ def ours_train(config: TrainConfig, tokens: Path) -> Callable:
         float(metrics["loss"])
 
     def memory() -> dict:
-        device, told = jax.devices()[0], {"attention": config.model.attention}
+        device, told = jax.devices()[0], {"attention": config.model.training_attention}
         if stats := device.memory_stats():
             told["peak_device_mib"] = stats["peak_bytes_in_use"] >> 20
         if device.device_kind in PEAK_FLOPS:

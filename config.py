@@ -52,8 +52,8 @@ class GPTConfig:
     devices; the padding is masked and never sampled"""
     dtype: Dtype = "float32"
     """what matmul inputs are rounded to; parameters, sums, softmax, LayerNorm and loss are float32 always"""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """of training: cudnn is a FlashAttention kernel for NVIDIA GPUs, in bfloat16, without dropout; auto tries it when training starts
+    training_attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """cudnn is a FlashAttention kernel for NVIDIA GPUs, in bfloat16, without dropout; auto tries it when training starts
     and takes xla, plain matmuls and a softmax, where it does not run"""
     remat: bool = False
     """recompute each block in the backward pass instead of storing its activations: less memory, a third more work"""
@@ -65,8 +65,8 @@ class GPTConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        require(self.attention != "cudnn" or (self.dtype == "bfloat16" and self.dropout == 0),
-                f"attention=cudnn computes in bfloat16 and without dropout, not in {self.dtype} with dropout={self.dropout}")
+        require(self.training_attention != "cudnn" or (self.dtype == "bfloat16" and self.dropout == 0),
+                f"training_attention=cudnn computes in bfloat16 and without dropout, not in {self.dtype} with dropout={self.dropout}")
 
     @property
     def padded_vocab_size(self) -> int:

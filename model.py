@@ -115,19 +115,19 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implem
 
 
 def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
-    """config with attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla. alone=False: T is
+    """config with training_attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla. alone=False: T is
     sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is demanded in vain."""
     problem = ("it needs bfloat16 and no dropout" if config.dtype != "bfloat16" or config.dropout else
                "it needs whole sequences and no pipeline" if not alone else
                "it needs an NVIDIA GPU" if jax.default_backend() != "gpu" else None)
-    if config.attention != "xla" and not problem:
+    if config.training_attention != "xla" and not problem:
         q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
         try:
             jax.block_until_ready(jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q))
         except Exception as e:  # whatever cuDNN, its driver or its version have to say
             problem = str(e).splitlines()[0]
-    require(config.attention != "cudnn" or not problem, f"attention=cudnn does not work here: {problem}")
-    return dataclasses.replace(config, attention="xla" if problem else "cudnn") if config.attention == "auto" else config
+    require(config.training_attention != "cudnn" or not problem, f"training_attention=cudnn does not work here: {problem}")
+    return dataclasses.replace(config, training_attention="xla" if problem else "cudnn") if config.training_attention == "auto" else config
 
 
 class CausalSelfAttention(nnx.Module):
@@ -144,7 +144,7 @@ class CausalSelfAttention(nnx.Module):
         q, k, v = (a.reshape(B, T, H, D) for a in jnp.moveaxis(self.c_attn(x, parts=3), 2, 0))
         if cache is not None:
             y, cache = cache.attend(layer, q, k, v)
-        elif self.config.attention == "cudnn":
+        elif self.config.training_attention == "cudnn":
             y = flash_attention(q, k, v, self.config.dtype)
         else:
             y = causal_attention(q, k, v, self.config.dtype, self.config.dropout, keys[0])

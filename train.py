@@ -312,7 +312,7 @@ def train(config: TrainConfig) -> int:
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     log.say(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
-            f"{config.model.dtype}, {config.model.attention} attention, {describe(state.mesh)}; step {step} of {config.max_iters}")
+            f"{config.model.dtype}, {config.model.training_attention} attention, {describe(state.mesh)}; step {step} of {config.max_iters}")
     bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=log.silent or None)
 
     def evaluate() -> float:

@@ -348,13 +348,13 @@ def test_flash_attention_is_causal_attention():
 def test_attention_is_chosen_by_what_runs(monkeypatch):
     """Catches a choice that fails, or is not made, where cuDNN does not run, and a demand for it that is dropped silently."""
     config = dataclasses.replace(TINY, dtype="bfloat16", dropout=0.0)
-    assert choose_attention(config).attention == "xla"
-    with pytest.raises(ValueError, match="attention=cudnn does not work here: it needs an NVIDIA GPU"):
-        choose_attention(dataclasses.replace(config, attention="cudnn"))
+    assert choose_attention(config).training_attention == "xla"
+    with pytest.raises(ValueError, match="training_attention=cudnn does not work here: it needs an NVIDIA GPU"):
+        choose_attention(dataclasses.replace(config, training_attention="cudnn"))
     with pytest.raises(ValueError, match="float32 with dropout=0.5"):
-        dataclasses.replace(config, attention="cudnn", dtype="float32", dropout=0.5)
+        dataclasses.replace(config, training_attention="cudnn", dtype="float32", dropout=0.5)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose_attention(config).attention == "xla", "cuDNN was tried in vain"
+    assert choose_attention(config).training_attention == "xla", "cuDNN was tried in vain"
     monkeypatch.setattr("model.flash_attention", lambda q, k, v, dtype: q)
-    assert choose_attention(config).attention == "cudnn"
-    assert choose_attention(config, alone=False).attention == choose_attention(dataclasses.replace(config, attention="xla")).attention == "xla"
+    assert choose_attention(config).training_attention == "cudnn"
+    assert choose_attention(config, alone=False).training_attention == choose_attention(dataclasses.replace(config, training_attention="xla")).training_attention == "xla"
