@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import config
-from config import TRAIN_PRESETS, GPTConfig, TrainConfig, parse
+from config import BENCHES, TRAIN_PRESETS, GPTConfig, TrainConfig, parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +54,14 @@ def test_bad_flags_are_one_sentence(argv, words, capsys):
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == "" and err.count("\n") == 1
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("command", BENCHES)
+def test_each_command_of_bench_has_flags(command, capsys):
+    """Catches two parts of one config that have a flag of the same name."""
+    with pytest.raises(SystemExit) as e:
+        parse(*BENCHES[command], ["--help"])
+    assert e.value.code == 0 and BENCHES[command][0].__doc__.split()[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py", "bench.py", "prepare.py"])
