@@ -92,8 +92,8 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = flags.init_from or tiny(Path(directory) / "tiny")
-        flags = ["--port=0", "--kv_blocks=129", "--page_size=8", "--prefill_tokens=64", "--max_num_seqs=8", "--max_waiting=64"]
-        command = [sys.executable, "server.py", f"--init_from={model}", *flags]
+        small = ["--port=0", "--kv_blocks=129", "--page_size=8", "--prefill_tokens=64", "--max_num_seqs=8", "--max_waiting=64"]
+        command = [sys.executable, "server.py", f"--init_from={model}", *small]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
             url = next(json.loads(line)["event"].rsplit(" ", 1)[1] for line in process.stderr if '"serving' in line)
