@@ -202,7 +202,8 @@ class Engine:
                  progress: bool = True):
         """Compiles all that will ever run. tokenizer: for text in outputs, stop strings and the end-of-text token."""
         rows, tokens = (16, 128) if jax.default_backend() == "cpu" else (256, 2048)
-        config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or rows, prefill_tokens=config.prefill_tokens or tokens)
+        config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or rows,
+                                     prefill_tokens=config.prefill_tokens or tokens)
         self.config, self.model_config, self.tokenizer = config, model.config, tokenizer
         self.params = model.for_inference().params()
         dtype, P = config.kv_dtype or model.config.dtype, config.page_size

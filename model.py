@@ -6,7 +6,7 @@ loss are float32; the inputs of every matmul are rounded to config.dtype (see `e
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -115,8 +115,10 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implem
 
 
 def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
-    """config with training_attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla. alone=False: T is
-    sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is demanded in vain."""
+    """config with training_attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla.
+
+    alone=False: T is sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is
+    demanded in vain."""
     problem = ("it needs bfloat16 and no dropout" if config.dtype != "bfloat16" or config.dropout else
                "it needs whole sequences and no pipeline" if not alone else
                "it needs an NVIDIA GPU" if jax.default_backend() != "gpu" else None)
@@ -125,9 +127,11 @@ def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
         try:
             jax.block_until_ready(jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q))
         except Exception as e:  # whatever cuDNN, its driver or its version have to say
-            problem = str(e).splitlines()[0]
+            problem = repr(e)
     require(config.training_attention != "cudnn" or not problem, f"training_attention=cudnn does not work here: {problem}")
-    return dataclasses.replace(config, training_attention="xla" if problem else "cudnn") if config.training_attention == "auto" else config
+    if config.training_attention != "auto":
+        return config
+    return dataclasses.replace(config, training_attention="xla" if problem else "cudnn")
 
 
 class CausalSelfAttention(nnx.Module):

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # flags first: --help and typos answer before JAX is
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 import dry_run
 import pretrained
-from config import GPTConfig, TrainConfig, require
+from config import TrainConfig, require
 from mesh import PEAK_FLOPS, connect, describe, put_batch, training_mesh, use_cpu_cores, whole_sequences
 from model import choose_attention
 from utils import Checkpoints, TrainState, learning_rate_schedule, require_same_model, write_atomically
@@ -312,7 +311,8 @@ def train(config: TrainConfig) -> int:
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     log.say(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
-            f"{config.model.dtype}, {config.model.training_attention} attention, {describe(state.mesh)}; step {step} of {config.max_iters}")
+            f"{config.model.dtype}, {config.model.training_attention} attention, {describe(state.mesh)}; "
+            f"step {step} of {config.max_iters}")
     bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=log.silent or None)
 
     def evaluate() -> float:

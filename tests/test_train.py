@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import train
 from config import GPTConfig, TrainConfig
 from mesh import path_name
-from model import GPT
 from tokenizer import CharTokenizer
 from train import EVAL_SEED, TokenFile, estimate_loss, full_loss, get_batch, train_step
 from utils import Checkpoints, TrainState, create_optimizer, learning_rate_schedule, load_model
