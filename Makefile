@@ -1,4 +1,5 @@
 # make demo: from nothing but Python >= 3.11 to a trained model and its text; make serve puts it on a port. make test: the whole suite.
+# make bench: README's figures of speed.
 PYTHON ?= python3
 DEMO = out-pystdlib-char
 
@@ -13,6 +14,13 @@ serve: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q
+
+# NANOGPT: a checkout of nanoGPT, to be timed in turns with ours.
+bench: .venv/installed
+	.venv/bin/python bench.py train --preset=shakespeare_char_cpu $(NANOGPT:%=--nanogpt=%)
+	.venv/bin/python bench.py compile --preset=gpt2
+	.venv/bin/python bench.py generate --peers dense transformers --batch_sizes 32 --rounds 2
+	.venv/bin/python bench.py generate --peers dense transformers --batch_sizes 32 --rounds 2 --dtype bfloat16
 
 # The environment is complete or is made again: the stamp is written last.
 .venv/installed: requirements.txt
@@ -30,4 +38,4 @@ test-gpu:
 clean:
 	rm -rf .venv out-* data/*/
 
-.PHONY: demo serve test test-gpu clean
+.PHONY: demo serve test bench test-gpu clean

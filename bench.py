@@ -258,7 +258,7 @@ def ours_generate(config: BenchGenerateConfig, requests: list) -> Callable:
         utilization, running, host, wall = np.mean(steps, axis=0).tolist()
         result = {"kv_utilization": round(utilization, 4), "running": round(running, 2), "host_share": round(host / wall, 4),
                   "ms_per_step": round(wall * 1e3, 2)}
-        if saturated:  # what as many slots would hold if each sequence had its own row of a dense cache, and all waited for the longest
+        if saturated:  # dense: as many slots if each sequence had its own row of them, and all waited for the longest
             longest = max(len(prompt) + n for prompt, n in requests)
             outputs = [n for _, n in requests]
             rows = (engine.blocks.num_pages - 1) * config.engine.page_size / longest
@@ -290,7 +290,8 @@ def hf_model(config: BenchGenerateConfig):
     import transformers
 
     c = config.model
-    shape = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    shape = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                    n_head=c.n_head)
     model = transformers.GPT2LMHeadModel(shape).to(getattr(torch, c.dtype)).eval()
     model.generation_config.eos_token_id = model.config.eos_token_id = None  # nothing ends early
     model.generation_config.pad_token_id = 0
@@ -410,7 +411,9 @@ def bench_kernel(config: BenchKernelConfig) -> dict:
     import paged_attention as pa
 
     name, C = config.attention or pa.default_implementation(), config.n_head * config.head_dim
-    constants = itertools.product(config.splits, config.tiles, config.warps) if name == "triton" else [(pa.SPLIT, pa.TILE, pa.WARPS)]
+    constants = [(pa.SPLIT, pa.TILE, pa.WARPS)]
+    if name == "triton":
+        constants = itertools.product(config.splits, config.tiles, config.warps)
     results = []
     for rows, P, (pa.SPLIT, pa.TILE, pa.WARPS) in itertools.product(config.rows, config.page_sizes, constants):
         pages = -(-config.context // P)
@@ -459,7 +462,8 @@ async def stream(url: urllib.parse.SplitResult, body: dict) -> list[tuple[float,
     lines = [(time.perf_counter(), line) async for line in reader]
     writer.close()
     status, whole = int(lines[0][1].split()[1]), [line for _, line in lines]
-    configs.require(status == 429 or (status == 200 and b"data: [DONE]\n" in whole), f"{url.geturl()} answered {whole[-1].decode()}")
+    configs.require(status == 429 or (status == 200 and b"data: [DONE]\n" in whole),
+                    f"{url.geturl()} answered {whole[-1].decode()}")
     events = [(at, json.loads(line[6:])) for at, line in lines if line.startswith(b"data: {")]
     return [(at, len(event["choices"][0]["token_ids"])) for at, event in events if event["choices"][0]["token_ids"]]
 
@@ -484,8 +488,8 @@ async def load(config: BenchServeConfig, rate: float) -> dict:
     ms = lambda a: {name: round(1e3 * float(f(a)), 2) for name, f in
                     (("mean", np.mean), ("median", np.median), ("p99", lambda a: np.quantile(a, 0.99)))}
     good = ((ttft <= config.ttft_limit) & (tpot <= config.tpot_limit)).sum()
-    return {"rate": rate if math.isfinite(rate) else "inf", "completed": len(done), "refused": len(streams) - len(done), "tokens_per_s": round(tokens / seconds, 1),
-            "requests_per_s": round(len(done) / seconds, 2), "goodput_requests_per_s": round(good / seconds, 2),
+    return {"rate": rate if math.isfinite(rate) else "inf", "completed": len(done), "refused": len(streams) - len(done),
+            "tokens_per_s": round(tokens / seconds, 1), "requests_per_s": round(len(done) / seconds, 2), "goodput_requests_per_s": round(good / seconds, 2),
             "ttft_ms": ms(ttft), "tpot_ms": ms(tpot), "itl_ms": ms(itl) if len(itl) else None}
 
 

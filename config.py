@@ -66,7 +66,8 @@ class GPTConfig:
         require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
         require(self.training_attention != "cudnn" or (self.dtype == "bfloat16" and self.dropout == 0),
-                f"training_attention=cudnn computes in bfloat16 and without dropout, not in {self.dtype} with dropout={self.dropout}")
+                f"training_attention=cudnn computes in bfloat16 and without dropout, not in {self.dtype} with "
+                f"dropout={self.dropout}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -419,7 +420,8 @@ TRAIN_PRESETS = {
         eval_iters=20, learning_rate=2e-3, max_iters=2000, min_lr=2e-4, beta2=0.99, warmup_iters=100),
     # GPT-2 finetuned on Shakespeare in GPT-2's tokens: 32 sequences an update, a few updates, constant rate.
     "finetune_shakespeare": TrainConfig(
-        model=GPTConfig(dtype="bfloat16"), dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2", eval_interval=5,
+        model=GPTConfig(dtype="bfloat16"), dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2",
+        eval_interval=5,
         eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32, loss_chunks=8, max_iters=20,
         learning_rate=3e-5, decay_lr=False, warmup_iters=0),
     # GPT-2 124M on OpenWebText: about 0.5M tokens an update, 300B in all. nanoGPT: loss 2.85, 4 days on 8 A100.
@@ -482,7 +484,8 @@ class BenchGenerateConfig:
         require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
         require_ranges(self, "prompt_tokens", "output_tokens")
         most = self.prompt_tokens[1] + self.output_tokens[1]
-        require(most <= self.model.block_size, f"prompts and outputs of up to {most} tokens do not fit block_size={self.model.block_size}")
+        require(most <= self.model.block_size,
+                f"prompts and outputs of up to {most} tokens do not fit block_size={self.model.block_size}")
 
 
 @dataclass(frozen=True)

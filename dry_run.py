@@ -102,7 +102,7 @@ def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[in
     Korthikanti et al. 2022, section 4, with the numbers that model.py keeps. For each of a device's tokens and each block, where
     an input of a matmul has e bytes and any other number 4, and tensor parallelism cuts heads and the MLP in W: 2 x 8 C for the
     LayerNorms, 2 e C for what c_attn and c_fc read, (4 e C + 4 C (e + f)) / W for q, k, v, what both c_proj read and the f of the
-    activation itself (20 for gelu_new), (4 + e) T H / W for the softmax; dropout adds 1 for each number it may drop. With remat it
+    activation itself (4 for gelu_new), (4 + e) T H / W for the softmax; dropout adds 1 for each number it may drop. With remat it
     is 4 C, and all of it for one block at a time. Pipeline stages keep what they computed in idle ticks too. The rest: 12 C for
     the last LayerNorm and its input, the logits of a chunk and their gradient."""
     model, layout = config.model, Layout(mesh, config.model.remat)

@@ -352,8 +352,8 @@ class Engine:
 
     def _collect(self, calls: list[Call]) -> list[Output]:
         """Waits for a step's samples, and the pages that leave, and makes outputs of them."""
-        wait_for = [(c.sampled.token, c.sampled.logprobs[:None if c.wanted.top else 1], c.sampled.prompt if c.wanted.prompt else None)
-                    for c in calls]
+        wait_for = [(c.sampled.token, c.sampled.logprobs[:None if c.wanted.top else 1],
+                     c.sampled.prompt if c.wanted.prompt else None) for c in calls]
         results, pages = jax.device_get((wait_for, {key: self.swapped[key] for key in self.leaving}))
         self.swapped |= pages
         outputs = []
@@ -444,7 +444,8 @@ class Engine:
             bar.update()
             same = []
             for R in sizes:
-                call = self._call([(r % n, P - 1, 1, [r % n + 1]) for r in range(R)], [], [(r, seqs[r % n]) for r in range(R)], R, 1)
+                work = [(r % n, P - 1, 1, [r % n + 1]) for r in range(R)]
+                call = self._call(work, [], [(r, seqs[r % n]) for r in range(R)], R, 1)
                 bits = [np.asarray(a).view(np.int32) for a in call.sampled.logprobs]
                 bar.update()
                 if not same:

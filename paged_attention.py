@@ -147,36 +147,33 @@ def visible(T, context_lens, new_lens):
 
 
 def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale):
-    """FlashAttention's sum (Dao et al. 2022) over 64 positions of each row at a time, as many as the longest row needs.
+    """FlashAttention's sum (Dao et al. 2022) over 48 positions of each row at a time, as many as the longest row needs.
     Pages beyond a row's end add exact zeros to it. XLA on CPU orders the sum of a reduction by the size of the batch: the
-    only one here, within a dot, is over D or over one page; pages are added one by one, and weights last."""
+    only ones here, within a dot, are over D or over these positions; weights are added one by one, last."""
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
-    G = max(1, 64 // P)  # pages at a time
+    G = max(1, 48 // P)  # pages at a time; 64 positions and more took longer on a CPU, 16 too
     tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % G))) + layer * N
-    k_pages, v_pages = [pages.reshape(L * N, H, P, D) for pages in (k_pages, v_pages)]  # not a slice of a layer
-    q = jnp.broadcast_to((q.astype(jnp.float32).swapaxes(1, 2) * scale)[:, None], (B, G, H, T, D))
+    k_pages, v_pages = [pages.reshape(L * N * H, P * D) for pages in (k_pages, v_pages)]  # not a slice of a layer
+    q = q.astype(jnp.float32).swapaxes(1, 2) * scale  # (B, H, T, D)
     length = visible(T, context_lens, new_lens)[:, None, :, None]  # (B, 1, T, 1)
-    position = jnp.arange(G * P).reshape(G, 1, P)
+    position = jnp.arange(G * P)
 
     def step(i, state):
-        m, l, y = state  # (B, H, T, 1), (B, H, T, P), (B, H, T, D)
+        m, l, y = state  # (B, H, T, 1), (B, H, T, G P), (B, H, T, D)
         pages = jax.lax.dynamic_slice_in_dim(tables, i * G, G, axis=1)
-        k, v = [to_float32(pool.at[pages].get(mode="promise_in_bounds")) for pool in (k_pages, v_pages)]  # (B, G, H, P, D)
-        seen = i * G * P + position < length  # (B, G, T, P)
-        v = jnp.where(seen.any(2)[:, :, None, :, None], v, 0)  # 0 * NaN is NaN
-        s = jnp.where(seen[:, :, None], dot("bghtd,bghpd->bghtp", q, k), -jnp.inf)
-        m_new = jnp.maximum(m, s.max((1, 4))[..., None])
-        a, p = jnp.exp(m - m_new), jnp.exp(s - m_new[:, None])
-        py = dot("bghtp,bghpd->bghtd", p, v)
-        l, y = l * a, y * a
-        for g in range(G):
-            l, y = l + p[:, g], y + py[:, g]
-        return m_new, l, y
+        at = pages[:, None] * H + jnp.arange(H)[:, None]  # (B, H, G)
+        k, v = [to_float32(pool.at[at].get(mode="promise_in_bounds")).reshape(B, H, G * P, D) for pool in (k_pages, v_pages)]
+        seen = i * G * P + position < length  # (B, 1, T, G P)
+        v = jnp.where(seen.any(2)[..., None], v, 0)  # 0 * NaN is NaN
+        s = jnp.where(seen, dot("bhtd,bhpd->bhtp", q, k), -jnp.inf)
+        m_new = jnp.maximum(m, s.max(-1, keepdims=True))
+        a, p = jnp.exp(m - m_new), jnp.exp(s - m_new)
+        return m_new, l * a + p, y * a + dot("bhtp,bhpd->bhtd", p, v)
 
-    start = jnp.full((B, H, T, 1), -1e30), jnp.zeros((B, H, T, P)), jnp.zeros((B, H, T, D))
+    start = jnp.full((B, H, T, 1), -1e30), jnp.zeros((B, H, T, G * P)), jnp.zeros((B, H, T, D))
     _, l, y = jax.lax.fori_loop(0, pl.cdiv(length.max(), G * P), step, start)
-    l = sum(l[..., p] for p in range(P))
+    l = sum(l[..., p] for p in range(G * P))
     return (y / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
 
 

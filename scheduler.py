@@ -146,7 +146,8 @@ class Scheduler:
         pages = self.blocks.num_pages - 1
         require(self.blocks.pages_for(most) <= pages,
                 f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} need {self.blocks.pages_for(most)} pages of "
-                f"{self.blocks.page_size} tokens, and the pool has {pages}: ask for fewer tokens or give the KV cache more memory")
+                f"{self.blocks.page_size} tokens, and the pool has {pages}: ask for fewer tokens or give the KV cache more "
+                "memory")
         seqs = [Sequence((request_id, i), prompt, params) for i in range(params.n)]
         for i in range(0, params.n, self.group_size):
             seqs[i].followers = seqs[i + 1:i + self.group_size]

@@ -212,7 +212,8 @@ class Log:
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
         for name, label, style in [("loss", "training batch", dict(lw=0.8, alpha=0.5)),
-                                   ("train_loss", "train", dict(marker="o", ms=4)), ("val_loss", "validation", dict(marker="o", ms=4))]:
+                                   ("train_loss", "train", dict(marker="o", ms=4)),
+                                   ("val_loss", "validation", dict(marker="o", ms=4))]:
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
                 axes.plot(*zip(*points), label=label, **style)

@@ -59,7 +59,8 @@ class TrainState:
     def shapes(cls, config: TrainConfig, mesh: Mesh) -> "TrainState":
         """What create makes, as jax.ShapeDtypeStructs with shardings: what Checkpoints.restore wants."""
         state = jax.eval_shape(partial(initial_state, config, mesh, None))
-        return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), state, shardings(mesh, state))
+        shape = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+        return jax.tree.map(shape, state, shardings(mesh, state))
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -160,7 +161,8 @@ class Checkpoints:
         abstract = lambda tree: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
         got = self.manager.restore(step, args=ocp.args.Composite(
             params=abstract(state.params), opt_state=abstract(state.opt_state)))
-        return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding), params=got.params, opt_state=got.opt_state)
+        step = jax.device_put(np.int32(step), state.step.sharding)
+        return dataclasses.replace(state, step=step, params=got.params, opt_state=got.opt_state)
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -357,4 +357,5 @@ def test_attention_is_chosen_by_what_runs(monkeypatch):
     assert choose_attention(config).training_attention == "xla", "cuDNN was tried in vain"
     monkeypatch.setattr("model.flash_attention", lambda q, k, v, dtype: q)
     assert choose_attention(config).training_attention == "cudnn"
-    assert choose_attention(config, alone=False).training_attention == choose_attention(dataclasses.replace(config, training_attention="xla")).training_attention == "xla"
+    assert choose_attention(config, alone=False).training_attention == "xla"
+    assert choose_attention(dataclasses.replace(config, training_attention="xla")).training_attention == "xla"
