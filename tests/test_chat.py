@@ -57,6 +57,13 @@ def test_messages_hold_no_special_tokens(directory, said):
     assert f"a{said}b".replace(MARK, "") in template.tokenizer.decode(ids), "what was said has changed"
 
 
+def test_messages_take_no_special_token_from_the_template(directory):
+    """Catches: a user whose last character makes text of the token that would end his turn."""
+    template = template_of(directory)
+    said = lambda text: template.encode([{"role": "user", "content": text}], True)
+    assert said(f"a{MARK}") == said("a")
+
+
 def test_where_templates_come_from(directory, tmp_path):
     """Catches: a flag that the directory's own template overrules, a file format of one of them forgotten."""
     text = lambda template: template.encode([{"role": "user", "content": "x"}], False)

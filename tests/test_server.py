@@ -503,6 +503,22 @@ def test_queue_limit(server):
     assert server.server.worker.queued == 0 and server.pages_held() == 0
 
 
+def test_queue_limit_counts_prompts(server):
+    """Catches: a limit that is one off, a request of many prompts that counts as one, or that is admitted in part."""
+    limit, worker = server.config.max_waiting, server.server.worker
+    server.until(lambda: worker.queued == 0, "nothing queued")
+    with server.standing():
+        clients = [server.connection({"prompt": ["a"] * n, "max_tokens": 1}) for n in (limit // 2, limit // 2 - 1)]
+        server.until(lambda: worker.queued == limit - 1, "one place left")
+        assert server.post(prompt=["a", "a"], max_tokens=1).status_code == 429
+        clients.append(server.connection({"prompt": "a", "max_tokens": 1}))
+        server.until(lambda: worker.queued == limit, "full")
+        assert server.post(prompt="a", max_tokens=1).status_code == 429
+    for client in clients:
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        client.close()
+
+
 def test_pool(server):
     """Catches: a page that is shown free while a request holds it, sharing that does not show."""
     prefix = "s" * 41  # 5 full pages
@@ -671,7 +687,7 @@ def test_drain_has_an_end(model):
     running.thread.join(DEADLINE)
     assert not running.thread.is_alive() and running.error is None
 
-    running = Running(model, drain_timeout=DEADLINE).ready()
+    running = Running(model, drain_timeout=10 * DEADLINE).ready()
     with running.standing():
         client = running.connection({"prompt": "a", "max_tokens": 50})
         running.until(lambda: running.server.worker.open, "arrived")
@@ -682,7 +698,7 @@ def test_drain_has_an_end(model):
         running.until(lambda: running.server.should_exit, "not waiting")
         client.close()
     running.thread.join(DEADLINE)
-    assert not running.thread.is_alive()
+    assert not running.thread.is_alive() and running.error is None
 
 
 def test_mixed_load(server):
