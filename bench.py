@@ -489,8 +489,9 @@ async def load(config: BenchServeConfig, rate: float) -> dict:
                     (("mean", np.mean), ("median", np.median), ("p99", lambda a: np.quantile(a, 0.99)))}
     good = ((ttft <= config.ttft_limit) & (tpot <= config.tpot_limit)).sum()
     return {"rate": rate if math.isfinite(rate) else "inf", "completed": len(done), "refused": len(streams) - len(done),
-            "tokens_per_s": round(tokens / seconds, 1), "requests_per_s": round(len(done) / seconds, 2), "goodput_requests_per_s": round(good / seconds, 2),
-            "ttft_ms": ms(ttft), "tpot_ms": ms(tpot), "itl_ms": ms(itl) if len(itl) else None}
+            "tokens_per_s": round(tokens / seconds, 1), "requests_per_s": round(len(done) / seconds, 2),
+            "goodput_requests_per_s": round(good / seconds, 2), "ttft_ms": ms(ttft), "tpot_ms": ms(tpot),
+            "itl_ms": ms(itl) if len(itl) else None}
 
 
 def engine_alone(config: BenchServeConfig) -> Callable:

@@ -421,8 +421,7 @@ TRAIN_PRESETS = {
     # GPT-2 finetuned on Shakespeare in GPT-2's tokens: 32 sequences an update, a few updates, constant rate.
     "finetune_shakespeare": TrainConfig(
         model=GPTConfig(dtype="bfloat16"), dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2",
-        eval_interval=5,
-        eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32, loss_chunks=8, max_iters=20,
+        eval_interval=5, eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32, loss_chunks=8, max_iters=20,
         learning_rate=3e-5, decay_lr=False, warmup_iters=0),
     # GPT-2 124M on OpenWebText: about 0.5M tokens an update, 300B in all. nanoGPT: loss 2.85, 4 days on 8 A100.
     "gpt2": TrainConfig(

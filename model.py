@@ -21,12 +21,14 @@ import pretrained
 from config import GPTConfig, require
 from tokenizer import Tokenizer
 
-ACTIVATIONS = {  # training keeps the argument alone: 4 bytes a number, where the derivative of gelu_new would keep 20
-    "gelu_new": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),  # GPT-2's, tanh form
-    "gelu": jax.checkpoint(partial(jax.nn.gelu, approximate=False)),     # exact, by erf
+ACTIVATIONS = {
+    "gelu_new": partial(jax.nn.gelu, approximate=True),  # GPT-2's, tanh form
+    "gelu": partial(jax.nn.gelu, approximate=False),     # exact, by erf
     "relu": jax.nn.relu,
-    "silu": jax.checkpoint(jax.nn.silu),
+    "silu": jax.nn.silu,
 }
+# Training keeps the argument alone: 4 bytes a number, where the derivative of gelu_new would keep 20.
+ACTIVATIONS = {name: jax.checkpoint(f) for name, f in ACTIVATIONS.items()}
 Params = dict  # nested dict of arrays, keyed by the path of the module attribute: {"h": {"ln_1": {"scale": (L, C)}}}
 
 

@@ -12,8 +12,8 @@ from flax import nnx
 
 import model as model_module
 from config import GPTConfig
-from model import (GPT, MLP, CausalSelfAttention, KVCache, LayerNorm, Sampling, causal_attention, choose_attention, dropout, einsum, flash_attention,
-                   sample, window_start)
+from model import (ACTIVATIONS, GPT, MLP, CausalSelfAttention, KVCache, LayerNorm, Sampling, causal_attention,
+                   choose_attention, dropout, einsum, flash_attention, sample, window_start)
 
 TINY = GPTConfig(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=32)
 
@@ -72,6 +72,13 @@ def test_mlp_and_attention_against_numpy():
     y, cache = attention(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, apply(out, attention.c_proj), rtol=1e-4, atol=1e-4)
     assert cache is None
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_an_activation_keeps_one_array_for_its_derivative(name):
+    """Catches: several arrays of 4 C for each token and layer, which are most of what training holds."""
+    kept = jax.eval_shape(lambda x: jax.vjp(ACTIVATIONS[name], x)[1], jnp.zeros(1000))
+    assert sum(a.size for a in jax.tree.leaves(kept) if a.shape) == 1000
 
 
 def test_blocks_are_stacked_and_each_its_own():
