@@ -205,11 +205,14 @@ class Engine:
         config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or rows,
                                      prefill_tokens=config.prefill_tokens or tokens)
         self.config, self.model_config, self.tokenizer = config, model.config, tokenizer
-        self.params = model.for_inference().params()
+        # A restored checkpoint is committed to its device, and with it whatever a step returns. All that a step takes is so from the
+        # start: what became so after the first step would compile every program again, in the middle of the first request.
+        put = partial(jax.device_put, device=jax.devices()[0])
+        self.params = put(model.for_inference().params())
         dtype, P = config.kv_dtype or model.config.dtype, config.page_size
         num_pages = config.kv_blocks or num_pages_for(model.config, P, dtype, config.kv_cache_memory, config.attention)
         cache = PagedKVCache.create(model.config, num_pages, P, dtype, config.attention)
-        self.pool, self.attention = (cache.k_pages, cache.v_pages), cache.attention
+        self.pool, self.attention = put((cache.k_pages, cache.v_pages)), cache.attention
         self.blocks = BlockManager(num_pages, P)
         self.tiles = config.prefill_tokens // P
         self.scheduler = Scheduler(self.blocks, max_num_seqs=config.max_num_seqs, tiles=self.tiles,
@@ -434,7 +437,8 @@ class Engine:
         seqs = [Sequence((0, 0), rng.integers(self.model_config.vocab_size, size=P).tolist(), SamplingParams(seed=0, logprobs=1))
                 for _ in range(n)]
         empty = self._slot_row(Sequence((0, 0), [0], SamplingParams(seed=0)))
-        self.slots = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * (self.config.max_num_seqs + 1)), empty)
+        empty = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.config.max_num_seqs + 1)), empty)
+        self.slots = jax.device_put(empty, jax.devices()[0])
         for slot, seq in enumerate(seqs):
             seq.slot = slot
             self.slots = seat(self.slots, slot, self._slot_row(seq))

@@ -116,8 +116,13 @@ def test_what_free_pages_hold_changes_nothing(engine):
     assert run(engine, requests) == clean
 
 
-def test_nothing_compiles_after_the_start(engine):
-    """Catches a shape that depends on the requests, and small operations outside the compiled programs."""
+@pytest.mark.parametrize("committed", [False, True])  # to their device, as a restored checkpoint is
+def test_nothing_compiles_after_the_start(model, committed):
+    """Catches a shape that depends on the requests, small operations outside the compiled programs, and state that is laid
+    out otherwise after the first step than before."""
+    if committed:
+        model = GPT.from_params(CONFIG, jax.device_put(model.params(), jax.devices()[0]))
+    engine = Engine(model, Words(), LAYOUT, progress=False)
     compiled = []
     listen = lambda name, duration, **_: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
     jax.monitoring.register_event_duration_secs_listener(listen)
