@@ -1,8 +1,9 @@
 """The tables of docs/distributed.md, on 8 simulated devices.
 
-python tests/mesh_table.py [LAYOUT ...]    each layout against one device: five updates in float32 with none and all of EVERYTHING; the largest
-                                           differences of loss and gradient norm (relative) and of the parameters (absolute), and what
-                                           a device holds of parameters and optimizer state. on_eight_devices.py has a few of these
+python tests/mesh_table.py [LAYOUT ...]    each layout against one device: five updates in float32 with none and all of
+                                           EVERYTHING; the largest differences of loss and gradient norm (relative) and of the
+                                           parameters (absolute), and what a device holds of parameters and optimizer state.
+                                           on_eight_devices.py has a few of these
 python tests/mesh_table.py axes            preset gpt2 with remat, 16 rows, on 4 devices along each axis: GB of state,
                                            of temporary memory and of the results of collectives on one of them"""
 
