@@ -55,6 +55,14 @@ def _einsum_bwd(spec, dtype, inputs, g):
 einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
+def mean(x: jax.Array) -> jax.Array:
+    """Mean over the last axis: (B, ..., C) -> (B, ..., 1). Few rows are padded, since XLA on CPU sums fewer than 4096 numbers in
+    another order: so the bits of a row do not depend on how many there are."""
+    B = len(x)
+    more = max(0, -(-4096 * B // x.size) - B)
+    return jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)).mean(-1, keepdims=True)[:B]
+
+
 class LayerNorm(nnx.Module):
     """y = (x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32; the bias is optional (Ba et al. 2016)."""
 
@@ -65,8 +73,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> (..., C)"""
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        x = x - mean(x)
+        x = x * jax.lax.rsqrt(mean(x * x) + self.epsilon) * self.scale[...]
         return x if self.bias is None else x + self.bias[...]
 
 

@@ -47,6 +47,17 @@ def test_layer_norm_is_exact_and_stable():
     assert LayerNorm(dataclasses.replace(TINY, bias=False)).bias is None
 
 
+@pytest.mark.parametrize("n_embd", [64, 256, 768])
+def test_the_bits_of_a_norm_do_not_depend_on_how_many_rows_there_are(n_embd):
+    """Catches sums that XLA orders by the size of the array: then a request's numbers depend on who else is served."""
+    norm = jax.jit(LayerNorm(dataclasses.replace(TINY, n_embd=n_embd)))
+    x = jax.random.normal(jax.random.key(0), (128, 1, n_embd))
+    together = np.asarray(norm(x))
+    for rows in (1, 2, 8, 32):
+        few = np.concatenate([norm(x[i:i + rows]) for i in range(0, 128, rows)])
+        np.testing.assert_array_equal(few, together, err_msg=f"{rows} rows")
+
+
 def test_mlp_and_attention_against_numpy():
     """Catches a transposed kernel, a wrong activation, heads split along the wrong axis, a wrong scale, a mask off by one."""
     rng = np.random.default_rng(0)
