@@ -5,10 +5,10 @@ call with `T` new tokens each, `S` rows to sample, `M` pages of the longest sequ
 
 The same bits. A request's tokens and logprobs do not depend on who else runs, on chunking, on prefix hits, on preemption or
 on the pool's size, because nothing that reaches a number does:
-- Prompt tokens go through one shape only: R tiles of one page each. A tile is one page of one sequence, wherever the chunks
-  end, so a chunk is just how many tiles of a sequence share a step. Generated tokens go through the decode shape (R, 1).
-- For a fixed shape the bits of a row depend neither on its slot nor on the other rows; among decode shapes of different R only
-  those are used that a probe at start-up found to give the bits of the largest.
+- Prompt tokens go through the shape (R, P), R tiles of one page each. A tile is one page of one sequence, wherever the chunks
+  end, so a chunk is just how many tiles of a sequence share a step. Generated tokens go through the shape (R, 1).
+- For a fixed shape the bits of a row depend neither on its slot nor on the other rows; of either kind of shape only those R are
+  used that a probe at start-up found to give the bits of the largest.
 - Preemption moves pages to host memory and back; only pages that prefill filled are found by other prompts.
 - A token is drawn with a key made of its request's seed, its sample's index and its position.
 """
@@ -224,7 +224,7 @@ class Engine:
         self.ids = itertools.count()
         self.in_flight: list[Call] = []
         self.prompt_tokens = self.generation_tokens = 0
-        self.decode_rows = self._warm_up(progress)
+        self.prefill_tiles, self.decode_rows = self._warm_up(progress)
         self.programs_at_start = self.programs()
 
     def add(self, prompt: list[int], params: SamplingParams = SamplingParams()) -> int:
@@ -328,7 +328,8 @@ class Engine:
         calls = []
         if plan.tiles:
             rows = [(seq.slot, start, new, self.blocks.tables[seq.key]) for seq, start, new in plan.tiles]
-            calls.append(self._call(rows, plan.tiles, plan.samples, self.tiles, self.config.page_size))
+            R = next(R for R in self.prefill_tiles if R >= max(len(rows), len(plan.samples)))
+            calls.append(self._call(rows, plan.tiles, plan.samples, R, self.config.page_size))
             self.prompt_tokens += sum(new for _, _, new in plan.tiles)
         if plan.decodes:
             rows = [(seq.slot, seq.computed - 1, 1, self.blocks.tables[seq.key]) for seq in plan.decodes]
@@ -425,36 +426,43 @@ class Engine:
                      i32(min(p.top_k or V, V)), f32(p.top_p), f32(p.min_p), f32(p.repetition_penalty), f32(p.frequency_penalty),
                      f32(p.presence_penalty), bias_ids, biases)
 
-    def _warm_up(self, progress: bool) -> list[int]:
-        """Runs each program once, which compiles it. Returns the numbers of rows to decode with, ascending: max_num_seqs and
-        the powers of two below it, down to the first whose logprobs have other bits."""
+    def _warm_up(self, progress: bool) -> tuple[list[int], list[int]]:
+        """Runs each program once, which compiles it. Returns the tiles to prefill and the rows to decode with, ascending: the
+        most that a step can have, and smaller powers of two down to the first whose logprobs have other bits."""
         P, most = self.config.page_size, self.config.max_num_seqs
-        # A product with one row has bits of its own, and with bfloat16 a CPU is slow at it.
-        most = max(most, 1 if self.model_config.dtype == "float32" else 2)
-        sizes = [most, *(R for R in (512, 256, 128, 64, 32, 16, 8, 2) if R < most)]  # 4 rows cost nearly what 8 do
-        n = min(self.tiles, self.config.max_num_seqs, self.blocks.num_pages - 1)
+        n = min(self.tiles, most, self.blocks.num_pages - 1)
         rng = np.random.default_rng(0)
         seqs = [Sequence((0, 0), rng.integers(self.model_config.vocab_size, size=P).tolist(), SamplingParams(seed=0, logprobs=1))
                 for _ in range(n)]
         empty = self._slot_row(Sequence((0, 0), [0], SamplingParams(seed=0)))
-        empty = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.config.max_num_seqs + 1)), empty)
+        empty = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (most + 1)), empty)
         self.slots = jax.device_put(empty, jax.devices()[0])
+
         for slot, seq in enumerate(seqs):
             seq.slot = slot
             self.slots = seat(self.slots, slot, self._slot_row(seq))
-        with tqdm(total=1 + len(sizes), desc="compiling", disable=not progress) as bar:
-            self.pool = copy_page(write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0)
-            self._call([(i, 0, P, [i + 1]) for i in range(n)], [], [], self.tiles, P)
+
+        def bits(R: int, T: int) -> list[np.ndarray]:
+            """Logprobs after all sequences' first P tokens, R rows of T new ones at a time, as integers."""
+            total = n if T == P else max(most, R)
+            calls = []
+            for start in range(0, total, R):
+                work = [(r % n, P - T, T, [r % n + 1]) for r in range(start, min(start + R, total))]
+                samples = [(row, seqs[slot]) for row, (slot, *_) in enumerate(work)]
+                logprobs = self._call(work, [], samples, R, T).sampled.logprobs
+                calls.append([np.asarray(a)[:len(work)].view(np.int32) for a in logprobs])
             bar.update()
-            same = []
-            for R in sizes:
-                work = [(r % n, P - 1, 1, [r % n + 1]) for r in range(R)]
-                call = self._call(work, [], [(r, seqs[r % n]) for r in range(R)], R, 1)
-                bits = [np.asarray(a).view(np.int32) for a in call.sampled.logprobs]
-                bar.update()
-                if not same:
-                    expected = bits
-                if any((a != b[:R]).any() for a, b in zip(bits, expected)):
-                    break
-                same.append(R)
-        return same[::-1]
+            return [np.concatenate(arrays) for arrays in zip(*calls)]
+
+        def same_bits(sizes: list[int], T: int) -> list[int]:
+            expected = bits(sizes[0], T)
+            same = lambda R: all((a == b).all() for a, b in zip(bits(R, T), expected))
+            return [sizes[0], *itertools.takewhile(same, sizes[1:])][::-1]
+
+        # A product with one row has bits of its own, and with bfloat16 a CPU is slow at it.
+        rows = max(most, 1 if self.model_config.dtype == "float32" else 2)
+        below = lambda R: [R, *(r for r in (512, 256, 128, 64, 32, 16, 8, 2) if r < R)]  # 4 rows cost nearly what 8 do
+        with tqdm(total=1 + len(below(self.tiles)) + len(below(rows)), desc="compiling", disable=not progress) as bar:
+            self.pool = copy_page(write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0)
+            bar.update()
+            return same_bits(below(self.tiles), P), same_bits(below(rows), 1)
