@@ -147,34 +147,44 @@ def visible(T, context_lens, new_lens):
 
 
 def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale):
-    """FlashAttention's sum (Dao et al. 2022) over 48 positions of each row at a time, as many as the longest row needs.
-    Pages beyond a row's end add exact zeros to it. XLA on CPU orders the sum of a reduction by the size of the batch: the
-    only ones here, within a dot, are over D or over these positions; weights are added one by one, last."""
+    """FlashAttention's sum (Dao et al. 2022) over 48 positions of two rows at a time, longest rows first: each 48 positions
+    are a loop over those rows that reach them. XLA on CPU orders the sum of a reduction by the size of the batch: the only
+    ones here, within a dot, are over D or over these positions; weights are added one by one, last."""
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
     G = max(1, 48 // P)  # pages at a time; 64 positions and more took longer on a CPU, 16 too
-    tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % G))) + layer * N
+    R = 2 - B % 2        # rows at a time; 1 took longer for rows of equal length, more for others
     k_pages, v_pages = [pages.reshape(L * N * H, P * D) for pages in (k_pages, v_pages)]  # not a slice of a layer
-    q = q.astype(jnp.float32).swapaxes(1, 2) * scale  # (B, H, T, D)
-    length = visible(T, context_lens, new_lens)[:, None, :, None]  # (B, 1, T, 1)
+    length = visible(T, context_lens, new_lens)  # (B, T)
+    order = jnp.argsort(length.max(1), descending=True)
+    tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % G)))[order] + layer * N
+    q = q[order].astype(jnp.float32).swapaxes(1, 2) * scale  # (B, H, T, D)
+    length = length[order, None, :, None]  # (B, 1, T, 1)
+    longest = length.max((1, 2, 3))  # (B,) descending
     position = jnp.arange(G * P)
 
-    def step(i, state):
-        m, l, y = state  # (B, H, T, 1), (B, H, T, G P), (B, H, T, D)
-        pages = jax.lax.dynamic_slice_in_dim(tables, i * G, G, axis=1)
-        at = pages[:, None] * H + jnp.arange(H)[:, None]  # (B, H, G)
-        k, v = [to_float32(pool.at[at].get(mode="promise_in_bounds")).reshape(B, H, G * P, D) for pool in (k_pages, v_pages)]
-        seen = i * G * P + position < length  # (B, 1, T, G P)
+    def step(i, j, state):
+        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=j * R, slice_size=R)
+        pages = jax.lax.dynamic_slice_in_dim(rows(tables), i * G, G, axis=1)
+        at = pages[:, None] * H + jnp.arange(H)[:, None]  # (R, H, G)
+        k, v = [to_float32(pool.at[at].get(mode="promise_in_bounds")).reshape(R, H, G * P, D) for pool in (k_pages, v_pages)]
+        seen = i * G * P + position < rows(length)  # (R, 1, T, G P)
         v = jnp.where(seen.any(2)[..., None], v, 0)  # 0 * NaN is NaN
-        s = jnp.where(seen, dot("bhtd,bhpd->bhtp", q, k), -jnp.inf)
+        s = jnp.where(seen, dot("bhtd,bhpd->bhtp", rows(q), k), -jnp.inf)
+        m, l, y = map(rows, state)
         m_new = jnp.maximum(m, s.max(-1, keepdims=True))
         a, p = jnp.exp(m - m_new), jnp.exp(s - m_new)
-        return m_new, l * a + p, y * a + dot("bhtp,bhpd->bhtd", p, v)
+        new = m_new, l * a + p, y * a + dot("bhtp,bhpd->bhtd", p, v)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(old, part, j * R, axis=0) for old, part in zip(state, new))
 
-    start = jnp.full((B, H, T, 1), -1e30), jnp.zeros((B, H, T, G * P)), jnp.zeros((B, H, T, D))
-    _, l, y = jax.lax.fori_loop(0, pl.cdiv(length.max(), G * P), step, start)
+    def reach(i, state):
+        return jax.lax.fori_loop(0, pl.cdiv((longest > i * G * P).sum(), R), partial(step, i), state)
+
+    start = jnp.full((B, H, T, 1), -1e30), jnp.zeros((B, H, T, G * P)), jnp.zeros((B, H, T, D))  # m, l, y
+    _, l, y = jax.lax.fori_loop(0, pl.cdiv(longest[0], G * P), reach, start)
     l = sum(l[..., p] for p in range(G * P))
-    return (y / jnp.where(l == 0, 1, l)[..., None]).swapaxes(1, 2)  # (B, T, H, D)
+    y = y / jnp.where(l == 0, 1, l)[..., None]
+    return y[jnp.argsort(order)].swapaxes(1, 2)  # (B, T, H, D)
 
 
 # --- GPU: Pallas, Triton style ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import paged_attention as pa
 from config import GPTConfig
 
 P, LAYER, FREE = 16, 1, 5  # tokens per page; the layer that is used; pages that belong to no row
-DECODE = [1, 2, 15, 16, 17, 64, 65, 128, 129, 256, 257, 330, 0]  # tokens of a row, the new one counted; 0: padding
+DECODE = [1, 2, 15, 16, 17, 49, 64, 65, 128, 129, 256, 257, 330, 0]  # tokens of a row, the new one counted; 0: padding
 PREFILL = [(20, 20), (21, 5), (16, 16), (35, 20), (65, 1), (257, 17), (0, 0)]  # tokens of a row, how many are new
 
 
