@@ -10,6 +10,7 @@ if __name__ == "__main__":  # flags first: --help and typos answer before JAX is
     CONFIG = configs.parse_command(configs.BENCHES)
 
 import asyncio
+import collections
 import dataclasses
 import importlib.util
 import itertools
@@ -285,6 +286,52 @@ def ours_dense(config: BenchGenerateConfig, requests: list, batch_size: int) -> 
     return run
 
 
+def ours_products(config: BenchGenerateConfig, requests: list) -> Callable:
+    """The engine's products with the weights and nothing else, in the shapes and as often as the job has them: what is left to
+    gain, and what is not, while XLA multiplies."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from engine import Engine, SamplingParams
+    from model import GPT
+
+    calls = collections.Counter()
+
+    class Counting(Engine):
+        def _call(self, work, tiles, samples, R, T):
+            calls[R, T] += 1
+            return super()._call(work, tiles, samples, R, T)
+
+    model = GPT(config.model, rngs=nnx.Rngs(0))
+    engine = Counting(model, None, config.engine, progress=False)
+    calls.clear()
+    engine.generate([prompt for prompt, _ in requests], [SamplingParams(max_tokens=n, temperature=0) for _, n in requests],
+                    progress=False)
+    del engine
+
+    graphdef, params = nnx.split(model.for_inference())
+
+    @jax.jit
+    def products(params, x):  # (R, T, C)
+        model = nnx.merge(graphdef, params)
+        for block in model.h:
+            x = x + block.attn.c_proj(block.attn.c_attn(x, parts=3).sum(2))
+            x = x + block.mlp.c_proj(block.mlp.c_fc(x))
+        return model.logits(x[:, -1:])
+
+    inputs = {shape: jnp.ones((*shape, config.model.n_embd)) for shape in calls}
+
+    def run(n: int) -> None:
+        for shape, count in calls.items():
+            for _ in range(n * count):
+                products(params, inputs[shape]).block_until_ready()
+
+    run.warm_up = lambda: [jax.block_until_ready(products(params, x)) for x in inputs.values()]
+    run.memory = lambda: {"calls": {f"{R}x{T}": count for (R, T), count in sorted(calls.items())}}
+    return run
+
+
 def hf_model(config: BenchGenerateConfig):
     import torch
     import transformers
@@ -369,7 +416,7 @@ def race(contenders: dict[str, Contender], rounds: int, tokens: int) -> dict:
     for name, contender in contenders.items():
         results[name] = {"tokens_per_s": round(tokens / contender.median, 1), **contender.close()}
         print(f"{name:24}" + ", ".join(f"{key} {value}" for key, value in results[name].items()), flush=True)
-    peers = [c.median for name, c in contenders.items() if name != "ours"]
+    peers = [c.median for name, c in contenders.items() if name not in ("ours", "products")]
     return results | ({"ratio": round(min(peers) / contenders["ours"].median, 3)} if peers else {})
 
 
@@ -379,7 +426,9 @@ def bench_generate(config: BenchGenerateConfig) -> dict:
     contenders = {"ours": Contender(ours_generate, config, requests)}
     padded = {"dense": ours_dense, "transformers": hf_padded}
     for peer in config.peers:
-        if peer in padded:
+        if peer == "products":
+            contenders[peer] = Contender(ours_products, config, requests)
+        elif peer in padded:
             contenders |= {f"{peer}_{b}": Contender(padded[peer], config, requests, b) for b in config.batch_sizes}
         else:
             contenders[peer] = Contender(hf_continuous, config, requests)
@@ -393,6 +442,7 @@ def bench_generate(config: BenchGenerateConfig) -> dict:
         job = stream_requests(config, streams)
         contenders = {"ours": Contender(ours_generate, few, job)}
         contenders |= {peer: Contender(padded[peer], few, job, streams) for peer in config.peers if peer in padded}
+        contenders |= {"products": Contender(ours_products, few, job)} if "products" in config.peers else {}
         report["streams"][streams] = race(contenders, config.rounds, 64 * streams)
     # A step reads every weight once, and the keys and values of its sequences.
     bandwidth, itemsize = read_bandwidth(), np.dtype(np.float32).itemsize if config.model.dtype == "float32" else 2

@@ -470,8 +470,10 @@ class BenchGenerateConfig:
     """fewest and most tokens of an output"""
     seed: int = 1337
     """of the lengths and the tokens"""
-    peers: tuple[Literal["dense", "transformers", "transformers_continuous"], ...] = ("dense", "transformers", "transformers_continuous")
-    """to race against: our own dense generate and transformers' in padded batches, and transformers' continuous batching"""
+    peers: tuple[Literal["dense", "transformers", "transformers_continuous", "products"], ...] = (
+        "dense", "transformers", "transformers_continuous", "products")
+    """to race against: our own dense generate and transformers' in padded batches, and transformers' continuous batching; products
+    is no peer but a limit: the engine's products with the weights by themselves"""
     batch_sizes: tuple[int, ...] = (8, 32)
     """of the padded batches"""
     streams: tuple[int, ...] = (1, 8)
