@@ -19,8 +19,8 @@ test: .venv/installed
 bench: .venv/installed
 	.venv/bin/python bench.py train --preset=shakespeare_char_cpu $(NANOGPT:%=--nanogpt=%)
 	.venv/bin/python bench.py compile --preset=gpt2
-	.venv/bin/python bench.py generate --peers dense transformers --batch_sizes 32 --rounds 2
-	.venv/bin/python bench.py generate --peers dense transformers --batch_sizes 32 --rounds 2 --dtype bfloat16
+	.venv/bin/python bench.py generate --peers dense transformers products --batch_sizes 32 --rounds 2
+	.venv/bin/python bench.py generate --peers dense transformers products --batch_sizes 32 --rounds 2 --dtype bfloat16
 
 # The environment is complete or is made again: the stamp is written last.
 .venv/installed: requirements.txt

@@ -147,12 +147,12 @@ def visible(T, context_lens, new_lens):
 
 
 def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale):
-    """FlashAttention's sum (Dao et al. 2022) over 48 positions of two rows at a time, longest rows first: each 48 positions
+    """FlashAttention's sum (Dao et al. 2022) over 32 positions of two rows at a time, longest rows first: each 32 positions
     are a loop over those rows that reach them. XLA on CPU orders the sum of a reduction by the size of the batch: the only
     ones here, within a dot, are over D or over these positions; weights are added one by one, last."""
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
-    G = max(1, 48 // P)  # pages at a time; 64 positions and more took longer on a CPU, 16 too
+    G = max(1, 32 // P)  # pages at a time; 48 positions and 16 took longer on a CPU
     R = 2 - B % 2        # rows at a time; 1 took longer for rows of equal length, more for others
     k_pages, v_pages = [pages.reshape(L * N * H, P * D) for pages in (k_pages, v_pages)]  # not a slice of a layer
     length = visible(T, context_lens, new_lens)  # (B, T)
