@@ -437,7 +437,6 @@ class Engine:
         empty = self._slot_row(Sequence((0, 0), [0], SamplingParams(seed=0)))
         empty = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (most + 1)), empty)
         self.slots = jax.device_put(empty, jax.devices()[0])
-
         for slot, seq in enumerate(seqs):
             seq.slot = slot
             self.slots = seat(self.slots, slot, self._slot_row(seq))
@@ -459,10 +458,11 @@ class Engine:
             same = lambda R: all((a == b).all() for a, b in zip(bits(R, T), expected))
             return [sizes[0], *itertools.takewhile(same, sizes[1:])][::-1]
 
-        # A product with one row has bits of its own, and with bfloat16 a CPU is slow at it.
-        rows = max(most, 1 if self.model_config.dtype == "float32" else 2)
-        below = lambda R: [R, *(r for r in (512, 256, 128, 64, 32, 16, 8, 2) if r < R)]  # 4 rows cost nearly what 8 do
-        with tqdm(total=1 + len(below(self.tiles)) + len(below(rows)), desc="compiling", disable=not progress) as bar:
+        below = lambda R, *sizes: [R, *(r for r in sizes if r < R)]
+        tiles = below(self.tiles, 512, 128, 32, 8, 2)
+        # A product with one row has bits of its own, and with bfloat16 a CPU is slow at it; 4 rows cost nearly what 8 do.
+        rows = below(max(most, 1 if self.model_config.dtype == "float32" else 2), 512, 256, 128, 64, 32, 16, 8, 2)
+        with tqdm(total=1 + len(tiles) + len(rows), desc="compiling", disable=not progress) as bar:
             self.pool = copy_page(write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0)
             bar.update()
-            return same_bits(below(self.tiles), P), same_bits(below(rows), 1)
+            return same_bits(tiles, P), same_bits(rows, 1)
