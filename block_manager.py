@@ -25,10 +25,14 @@ class BlockManager:
         self.num_pages, self.page_size = num_pages, page_size
         self.refs = [0] * num_pages
         self.tables: dict[Hashable, list[int]] = {}
-        self.free_queue = OrderedDict.fromkeys(range(1, num_pages))  # the next to be taken is in front
-        self.page_of: dict[tuple, int] = {}            # the prefix cache
+        self.free_queue = OrderedDict.fromkeys(
+            range(1, num_pages)
+        )  # the next to be taken is in front
+        self.page_of: dict[tuple, int] = {}  # the prefix cache
         self.cached: dict[int, tuple[tuple, int]] = {}  # page -> its key and its serial number
-        self.chains: dict[Hashable, tuple[int, int]] = {}  # sequence -> how many pages of it are in the trie, last serial
+        self.chains: dict[
+            Hashable, tuple[int, int]
+        ] = {}  # sequence -> how many pages of it are in the trie, last serial
         self.serial = 0
         self.queried_tokens = self.hit_tokens = 0
 
@@ -68,8 +72,14 @@ class BlockManager:
         Returns the copies (from page, to page) to be made on the device before it writes, or None, with nothing changed,
         if there are too few free pages."""
         table = self.tables[seq]
-        assert start <= len(table) * self.page_size, f"{seq}: writing from {start} leaves a hole after {len(table)} pages"
-        shared = [i for i in range(start // self.page_size, min(len(table), self.pages_for(end))) if self.refs[table[i]] > 1]
+        assert start <= len(table) * self.page_size, (
+            f"{seq}: writing from {start} leaves a hole after {len(table)} pages"
+        )
+        shared = [
+            i
+            for i in range(start // self.page_size, min(len(table), self.pages_for(end)))
+            if self.refs[table[i]] > 1
+        ]
         new = max(0, self.pages_for(end) - len(table))
         if len(shared) + new > self.num_free:
             return None
@@ -80,17 +90,23 @@ class BlockManager:
             self.refs[table[i]] -= 1
             table[i] = page
         table += [self._take() for _ in range(new)]
-        for page in table[start // self.page_size:self.pages_for(end)]:
-            assert self.refs[page] == 1 and page not in self.cached, f"{seq} would write page {page}, which others read"
+        for page in table[start // self.page_size : self.pages_for(end)]:
+            assert self.refs[page] == 1 and page not in self.cached, (
+                f"{seq} would write page {page}, which others read"
+            )
         return copies
 
     def filled(self, seq: Hashable, prompt: Sequence[int], tokens: int) -> None:
         """Prefill has filled the first `tokens` positions of seq: puts their full pages into the prefix cache."""
-        assert tokens <= len(prompt), f"{seq}: prefill of {tokens} tokens of a prompt of {len(prompt)}"
+        assert tokens <= len(prompt), (
+            f"{seq}: prefill of {tokens} tokens of a prompt of {len(prompt)}"
+        )
         depth, serial = self.chains[seq]
         while (depth + 1) * self.page_size <= tokens:
             key = serial, self._tokens(prompt, depth)
-            if key not in self.page_of:  # else another sequence computed the same page: that one stays
+            if (
+                key not in self.page_of
+            ):  # else another sequence computed the same page: that one stays
                 self.serial += 1
                 self.page_of[key] = self.tables[seq][depth]
                 self.cached[self.tables[seq][depth]] = key, self.serial
@@ -119,7 +135,7 @@ class BlockManager:
         del self.chains[seq]
 
     def _tokens(self, prompt: Sequence[int], i: int) -> tuple[int, ...]:
-        return tuple(prompt[i * self.page_size:(i + 1) * self.page_size])
+        return tuple(prompt[i * self.page_size : (i + 1) * self.page_size])
 
     def _hold(self, page: int) -> None:
         self.free_queue.pop(page, None)
@@ -138,10 +154,17 @@ class BlockManager:
         held = Counter(page for table in self.tables.values() for page in table)
         for seq, table in self.tables.items():
             assert len(set(table)) == len(table), f"{seq} has a page twice: {table}"
-        assert held[0] == 0 and 0 not in self.free_queue and 0 not in self.cached, "the null page is in use"
+        assert held[0] == 0 and 0 not in self.free_queue and 0 not in self.cached, (
+            "the null page is in use"
+        )
         for page in range(1, self.num_pages):
-            assert self.refs[page] == held[page], f"page {page} is in {held[page]} tables, refs says {self.refs[page]}"
-            assert (page in self.free_queue) == (held[page] == 0), f"page {page}: {held[page]} holders, yet free or lost"
-        assert {page: key for key, page in self.page_of.items()} == {page: key for page, (key, _) in self.cached.items()}, \
-            "a cached page and its key do not find each other"
+            assert self.refs[page] == held[page], (
+                f"page {page} is in {held[page]} tables, refs says {self.refs[page]}"
+            )
+            assert (page in self.free_queue) == (held[page] == 0), (
+                f"page {page}: {held[page]} holders, yet free or lost"
+            )
+        assert {page: key for key, page in self.page_of.items()} == {
+            page: key for page, (key, _) in self.cached.items()
+        }, "a cached page and its key do not find each other"
         assert self.tables.keys() == self.chains.keys(), "tables and chains differ"

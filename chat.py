@@ -20,10 +20,17 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, names: dict[str, str]):
         """names: what the template may call eos_token and so on. Raises ValueError if source is no Jinja template."""
-        from jinja2 import TemplateSyntaxError  # here, as transformers takes a second, and most servers need neither
+        from jinja2 import (
+            TemplateSyntaxError,  # here, as transformers takes a second, and most servers need neither
+        )
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        self.source, self.tokenizer, self.names, self.render_jinja = source, tokenizer, names, render_jinja_template
+        self.source, self.tokenizer, self.names, self.render_jinja = (
+            source,
+            tokenizer,
+            names,
+            render_jinja_template,
+        )
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self.special = "|".join(map(re.escape, longest_first)) or "(?!)"
         try:
@@ -34,26 +41,42 @@ class ChatTemplate:
             pass  # it may want another chat than this one
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        texts, _ = self.render_jinja([messages], chat_template=self.source, add_generation_prompt=add_generation_prompt,
-                                     **self.names)
+        texts, _ = self.render_jinja(
+            [messages],
+            chat_template=self.source,
+            add_generation_prompt=add_generation_prompt,
+            **self.names,
+        )
         return texts[0]
 
     def encode(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
         """The prompt's token ids. Raises ValueError if the template refuses the messages, or the vocabulary their characters."""
         mark = lambda text: re.sub(f"(?={self.special})", MARK, text.replace(MARK, ""))
         try:
-            text = self.render([m | {"content": mark(m["content"])} for m in messages], add_generation_prompt)
+            text = self.render(
+                [m | {"content": mark(m["content"])} for m in messages], add_generation_prompt
+            )
         except Exception as e:  # whatever Python raises in a template: to the client it has refused
             raise ValueError(f"the chat template does not take these messages: {e}") from e
         ids = []
-        for i, piece in enumerate(re.split(f"(?<!{MARK})({self.special})", text)):  # text, special token, text, ..., text
-            ids += [self.tokenizer.special_tokens[piece]] if i % 2 else self.tokenizer.encode(piece.replace(MARK, ""))
+        for i, piece in enumerate(
+            re.split(f"(?<!{MARK})({self.special})", text)
+        ):  # text, special token, text, ..., text
+            ids += (
+                [self.tokenizer.special_tokens[piece]]
+                if i % 2
+                else self.tokenizer.encode(piece.replace(MARK, ""))
+            )
         return ids
 
 
 def load_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template of the file config.chat_template or else of the directory config.init_from; None if neither has one."""
-    directory = Path(config.init_from) if config.init_from and config.init_from not in pretrained.HUB else None
+    directory = (
+        Path(config.init_from)
+        if config.init_from and config.init_from not in pretrained.HUB
+        else None
+    )
     settings = {}
     if directory and (directory / "tokenizer_config.json").is_file():
         settings = pretrained.load_json(directory / "tokenizer_config.json")
@@ -64,8 +87,18 @@ def load_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | N
         source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     if source is None:
         return None
-    require(isinstance(source, str), f"{directory} has several chat templates: say which with --chat_template=FILE")
-    names = {name: text for text, token in tokenizer.special_tokens.items() if token == tokenizer.eos_id for name in NAMES}
+    require(
+        isinstance(source, str),
+        f"{directory} has several chat templates: say which with --chat_template=FILE",
+    )
+    names = {
+        name: text
+        for text, token in tokenizer.special_tokens.items()
+        if token == tokenizer.eos_id
+        for name in NAMES
+    }
     for name in NAMES.intersection(settings):
-        names[name] = settings[name]["content"] if isinstance(settings[name], dict) else settings[name]
+        names[name] = (
+            settings[name]["content"] if isinstance(settings[name], dict) else settings[name]
+        )
     return ChatTemplate(source, tokenizer, names)

@@ -61,13 +61,26 @@ class GPTConfig:
     """blocks per iteration of the scan over layers: n_layer is faster for small models on CPU, 1 compiles fastest"""
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple", "scan_unroll"):
+        for name in (
+            "block_size",
+            "vocab_size",
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "vocab_multiple",
+            "scan_unroll",
+        ):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}",
+        )
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        require(self.training_attention != "cudnn" or (self.dtype == "bfloat16" and self.dropout == 0),
-                f"training_attention=cudnn computes in bfloat16 and without dropout, not in {self.dtype} with "
-                f"dropout={self.dropout}")
+        require(
+            self.training_attention != "cudnn" or (self.dtype == "bfloat16" and self.dropout == 0),
+            f"training_attention=cudnn computes in bfloat16 and without dropout, not in {self.dtype} with "
+            f"dropout={self.dropout}",
+        )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -83,12 +96,20 @@ class GPTConfig:
         counts N for FLOPs (the token embedding stays in: it is the head's weight too)."""
         C, b = self.n_embd, int(self.bias)
         block = 12 * C * C + b * 9 * C + 2 * (1 + b) * C
-        return self.n_layer * block + (1 + b) * C + self.vocab_size * C + embeddings * self.block_size * C
+        return (
+            self.n_layer * block
+            + (1 + b) * C
+            + self.vocab_size * C
+            + embeddings * self.block_size * C
+        )
 
     @property
     def flops_per_token(self) -> int:
         """Of training, 6 N + 12 L C T (Chowdhery et al. 2022, appendix B); recomputation does not count."""
-        return 6 * self.num_params(embeddings=False) + 12 * self.n_layer * self.n_embd * self.block_size
+        return (
+            6 * self.num_params(embeddings=False)
+            + 12 * self.n_layer * self.n_embd * self.block_size
+        )
 
 
 @dataclass(frozen=True)
@@ -169,23 +190,45 @@ class TrainConfig:
     """of the parameters, the batches and dropout"""
 
     def __post_init__(self):
-        positive = ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps",
-                    "loss_chunks", "max_iters")
+        positive = (
+            "eval_interval",
+            "eval_iters",
+            "log_interval",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "loss_chunks",
+            "max_iters",
+        )
         for name in positive:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "seed"):
+        for name in (
+            "learning_rate",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "warmup_iters",
+            "seed",
+        ):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         processes = (self.coordinator_address, self.num_processes, self.process_id)
-        require(None not in processes or not any(p is not None for p in processes),
-                "coordinator_address, num_processes and process_id go together: give all three, or none")
-        require(None in processes or 0 <= self.process_id < self.num_processes,
-                f"process_id={self.process_id} must be in [0, num_processes={self.num_processes})")
-        require(self.model.block_size % self.loss_chunks == 0,
-                f"block_size={self.model.block_size} must be divisible by loss_chunks={self.loss_chunks}")
-        require(not self.decay_lr or self.warmup_iters < self.decay_steps,
-                f"warmup_iters={self.warmup_iters} must be less than lr_decay_iters={self.decay_steps}")
+        require(
+            None not in processes or not any(p is not None for p in processes),
+            "coordinator_address, num_processes and process_id go together: give all three, or none",
+        )
+        require(
+            None in processes or 0 <= self.process_id < self.num_processes,
+            f"process_id={self.process_id} must be in [0, num_processes={self.num_processes})",
+        )
+        require(
+            self.model.block_size % self.loss_chunks == 0,
+            f"block_size={self.model.block_size} must be divisible by loss_chunks={self.loss_chunks}",
+        )
+        require(
+            not self.decay_lr or self.warmup_iters < self.decay_steps,
+            f"warmup_iters={self.warmup_iters} must be less than lr_decay_iters={self.decay_steps}",
+        )
 
     @property
     def decay_steps(self) -> int:
@@ -208,7 +251,10 @@ class ModelConfig:
     """what matmul inputs are rounded to (default: as trained; float32 for init_from)"""
 
     def __post_init__(self):
-        require((self.out_dir is None) != (self.init_from is None), "say which model: --out_dir=DIR or --init_from=gpt2...")
+        require(
+            (self.out_dir is None) != (self.init_from is None),
+            "say which model: --out_dir=DIR or --init_from=gpt2...",
+        )
 
 
 @dataclass(frozen=True)
@@ -233,9 +279,14 @@ class SampleConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
-        require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(
+            self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
+        )
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
-        require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k} must be at least 1, or None for all")
+        require(
+            self.top_k is None or self.top_k >= 1,
+            f"top_k={self.top_k} must be at least 1, or None for all",
+        )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
 
 
@@ -244,7 +295,8 @@ class PrepareConfig:
     """Turn text into the token files that train.py reads: python prepare.py NAME [--input FILE ...]"""
 
     name: tyro.conf.Positional[
-        Literal["pystdlib_char", "shakespeare_char", "shakespeare", "openwebtext", "text"]]
+        Literal["pystdlib_char", "shakespeare_char", "shakespeare", "openwebtext", "text"]
+    ]
     """pystdlib_char: this Python's own standard library, by characters, needs no network; shakespeare_char and
     shakespeare: Tiny Shakespeare, by characters and in GPT-2's tokens; openwebtext: 8 million web pages, in GPT-2's
     tokens; text: your own files"""
@@ -258,13 +310,25 @@ class PrepareConfig:
     """processes that tokenize openwebtext (default: half the CPU cores)"""
 
     def __post_init__(self):
-        require(self.tokenizer in (None, self.tokenizer_name),
-                f"{self.name} has tokenizer={self.tokenizer_name}: use text for tokenizer={self.tokenizer}")
-        require(self.input or self.name != "text", "text needs the files it is made of: --input FILE ...")
-        require(not self.input or self.name not in ("pystdlib_char", "openwebtext"),
-                f"{self.name} takes no input: use text for your own files")
-        require(self.num_proc is None or self.name == "openwebtext", "num_proc is for openwebtext alone")
-        require(self.num_proc is None or self.num_proc >= 1, f"num_proc={self.num_proc} must be at least 1")
+        require(
+            self.tokenizer in (None, self.tokenizer_name),
+            f"{self.name} has tokenizer={self.tokenizer_name}: use text for tokenizer={self.tokenizer}",
+        )
+        require(
+            self.input or self.name != "text",
+            "text needs the files it is made of: --input FILE ...",
+        )
+        require(
+            not self.input or self.name not in ("pystdlib_char", "openwebtext"),
+            f"{self.name} takes no input: use text for your own files",
+        )
+        require(
+            self.num_proc is None or self.name == "openwebtext", "num_proc is for openwebtext alone"
+        )
+        require(
+            self.num_proc is None or self.num_proc >= 1,
+            f"num_proc={self.num_proc} must be at least 1",
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -304,9 +368,14 @@ class EngineConfig:
         for name, least in (("page_size", 2), ("kv_cache_memory", 1), ("max_num_seqs", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, f"{name}={value} must be at least {least}")
-        for name, value in (("prefill_tokens", self.prefill_tokens), ("chunk_size", self.chunk_size)):
-            require(value is None or (value >= 1 and value % self.page_size == 0),
-                    f"{name}={value} must be a positive multiple of page_size={self.page_size}")
+        for name, value in (
+            ("prefill_tokens", self.prefill_tokens),
+            ("chunk_size", self.chunk_size),
+        ):
+            require(
+                value is None or (value >= 1 and value % self.page_size == 0),
+                f"{name}={value} must be a positive multiple of page_size={self.page_size}",
+            )
 
 
 @dataclass(frozen=True)
@@ -353,9 +422,13 @@ class ServeConfig(ModelConfig):
         for name in ("max_waiting", "max_body_bytes", "max_prompts", "max_n"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(0 <= self.port < 2**16, f"port={self.port} must be from 0 to {2**16 - 1}")
-        require(0 <= self.max_logprobs <= 20, f"max_logprobs={self.max_logprobs} must be from 0 to 20")
-        require(self.max_prompts <= self.max_waiting,
-                f"max_prompts={self.max_prompts} must be at most max_waiting={self.max_waiting}: more could never be admitted")
+        require(
+            0 <= self.max_logprobs <= 20, f"max_logprobs={self.max_logprobs} must be from 0 to 20"
+        )
+        require(
+            self.max_prompts <= self.max_waiting,
+            f"max_prompts={self.max_prompts} must be at most max_waiting={self.max_waiting}: more could never be admitted",
+        )
         for name in ("max_stop", "drain_timeout", "step_timeout"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         require(self.api_key != "", "api_key must not be empty")
@@ -397,36 +470,110 @@ class EvalConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.limit is None or self.limit >= 1, f"limit={self.limit} must be at least 1")
-        require(self.num_fewshot is None or self.num_fewshot >= 0, f"num_fewshot={self.num_fewshot} must not be negative")
-        require(self.batch_size == "auto" or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1, or auto")
+        require(
+            self.num_fewshot is None or self.num_fewshot >= 0,
+            f"num_fewshot={self.num_fewshot} must not be negative",
+        )
+        require(
+            self.batch_size == "auto" or self.batch_size >= 1,
+            f"batch_size={self.batch_size} must be at least 1, or auto",
+        )
 
 
 TRAIN_PRESETS = {
     # The Python standard library's own source, by characters: needs no network. What `make demo` trains.
     "pystdlib_char": TrainConfig(
-        model=GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False, scan_unroll=4, dtype="bfloat16"),
-        dataset="pystdlib_char", out_dir=Path("out-pystdlib-char"), batch_size=12, eval_interval=500, eval_iters=20,
-        learning_rate=2e-3, max_iters=4000, min_lr=2e-4, beta2=0.99, warmup_iters=100),
+        model=GPTConfig(
+            block_size=128,
+            n_layer=4,
+            n_head=4,
+            n_embd=128,
+            bias=False,
+            scan_unroll=4,
+            dtype="bfloat16",
+        ),
+        dataset="pystdlib_char",
+        out_dir=Path("out-pystdlib-char"),
+        batch_size=12,
+        eval_interval=500,
+        eval_iters=20,
+        learning_rate=2e-3,
+        max_iters=4000,
+        min_lr=2e-4,
+        beta2=0.99,
+        warmup_iters=100,
+    ),
     # nanoGPT's "baby GPT", for one GPU: best validation loss 1.47.
     "shakespeare_char": TrainConfig(
-        model=GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False, dtype="bfloat16"),
-        dataset="shakespeare_char", out_dir=Path("out-shakespeare-char"), batch_size=64, eval_interval=250,
-        learning_rate=1e-3, max_iters=5000, min_lr=1e-4, beta2=0.99, warmup_iters=100),
+        model=GPTConfig(
+            block_size=256,
+            n_layer=6,
+            n_head=6,
+            n_embd=384,
+            dropout=0.2,
+            bias=False,
+            dtype="bfloat16",
+        ),
+        dataset="shakespeare_char",
+        out_dir=Path("out-shakespeare-char"),
+        batch_size=64,
+        eval_interval=250,
+        learning_rate=1e-3,
+        max_iters=5000,
+        min_lr=1e-4,
+        beta2=0.99,
+        warmup_iters=100,
+    ),
     # nanoGPT's CPU recipe at twice its learning rate: loss 1.80 on the whole validation split where 1e-3 ends at 1.91, here and
     # in nanoGPT itself (whose 1.88 is a mean over 20 random batches).
     "shakespeare_char_cpu": TrainConfig(
-        model=GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False, scan_unroll=4, dtype="bfloat16"),
-        dataset="shakespeare_char", out_dir=Path("out-shakespeare-char-cpu"), batch_size=12, eval_interval=250,
-        eval_iters=20, learning_rate=2e-3, max_iters=2000, min_lr=2e-4, beta2=0.99, warmup_iters=100),
+        model=GPTConfig(
+            block_size=64,
+            n_layer=4,
+            n_head=4,
+            n_embd=128,
+            bias=False,
+            scan_unroll=4,
+            dtype="bfloat16",
+        ),
+        dataset="shakespeare_char",
+        out_dir=Path("out-shakespeare-char-cpu"),
+        batch_size=12,
+        eval_interval=250,
+        eval_iters=20,
+        learning_rate=2e-3,
+        max_iters=2000,
+        min_lr=2e-4,
+        beta2=0.99,
+        warmup_iters=100,
+    ),
     # GPT-2 finetuned on Shakespeare in GPT-2's tokens: 32 sequences an update, a few updates, constant rate.
     "finetune_shakespeare": TrainConfig(
-        model=GPTConfig(dtype="bfloat16"), dataset="shakespeare", out_dir=Path("out-finetune-shakespeare"), init_from="gpt2",
-        eval_interval=5, eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32, loss_chunks=8, max_iters=20,
-        learning_rate=3e-5, decay_lr=False, warmup_iters=0),
+        model=GPTConfig(dtype="bfloat16"),
+        dataset="shakespeare",
+        out_dir=Path("out-finetune-shakespeare"),
+        init_from="gpt2",
+        eval_interval=5,
+        eval_iters=40,
+        log_interval=1,
+        batch_size=1,
+        gradient_accumulation_steps=32,
+        loss_chunks=8,
+        max_iters=20,
+        learning_rate=3e-5,
+        decay_lr=False,
+        warmup_iters=0,
+    ),
     # GPT-2 124M on OpenWebText: about 0.5M tokens an update, 300B in all. nanoGPT: loss 2.85, 4 days on 8 A100.
     "gpt2": TrainConfig(
-        model=GPTConfig(bias=False, dtype="bfloat16"), dataset="openwebtext", out_dir=Path("out-gpt2"),
-        batch_size=12 * 8, gradient_accumulation_steps=5, loss_chunks=8, eval_interval=1000),
+        model=GPTConfig(bias=False, dtype="bfloat16"),
+        dataset="openwebtext",
+        out_dir=Path("out-gpt2"),
+        batch_size=12 * 8,
+        gradient_accumulation_steps=5,
+        loss_chunks=8,
+        eval_interval=1000,
+    ),
 }
 
 
@@ -471,7 +618,11 @@ class BenchGenerateConfig:
     seed: int = 1337
     """of the lengths and the tokens"""
     peers: tuple[Literal["dense", "transformers", "transformers_continuous", "products"], ...] = (
-        "dense", "transformers", "transformers_continuous", "products")
+        "dense",
+        "transformers",
+        "transformers_continuous",
+        "products",
+    )
     """to race against: our own dense generate and transformers' in padded batches, and transformers' continuous batching; products
     is no peer but a limit: the engine's products with the weights by themselves"""
     batch_sizes: tuple[int, ...] = (8, 32)
@@ -482,11 +633,16 @@ class BenchGenerateConfig:
     """turns of each contender; medians count"""
 
     def __post_init__(self):
-        require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
+        require(
+            self.requests >= 1 and self.rounds >= 1,
+            f"requests={self.requests} and rounds={self.rounds} must be at least 1",
+        )
         require_ranges(self, "prompt_tokens", "output_tokens")
         most = self.prompt_tokens[1] + self.output_tokens[1]
-        require(most <= self.model.block_size,
-                f"prompts and outputs of up to {most} tokens do not fit block_size={self.model.block_size}")
+        require(
+            most <= self.model.block_size,
+            f"prompts and outputs of up to {most} tokens do not fit block_size={self.model.block_size}",
+        )
 
 
 @dataclass(frozen=True)
@@ -544,15 +700,24 @@ class BenchServeConfig:
 
     def __post_init__(self):
         require(self.rates and min(self.rates) > 0, "rates must be positive")
-        require(self.out_dir is None or self.init_from is None, "name the server's model by out_dir or by init_from, not both")
-        require(self.requests >= 1 and self.rounds >= 1, f"requests={self.requests} and rounds={self.rounds} must be at least 1")
+        require(
+            self.out_dir is None or self.init_from is None,
+            "name the server's model by out_dir or by init_from, not both",
+        )
+        require(
+            self.requests >= 1 and self.rounds >= 1,
+            f"requests={self.requests} and rounds={self.rounds} must be at least 1",
+        )
         require_ranges(self, "prompt_tokens", "output_tokens")
 
 
 def require_ranges(config, *names: str) -> None:
     for name in names:
         low, high = getattr(config, name)
-        require(1 <= low <= high, f"{name}={low} {high}: the first must be at least 1, the second no less than it")
+        require(
+            1 <= low <= high,
+            f"{name}={low} {high}: the first must be at least 1, the second no less than it",
+        )
 
 
 @dataclass(frozen=True)
@@ -576,8 +741,14 @@ class BenchEvalConfig:
 
 
 BENCHES = {
-    "train": (BenchTrainConfig, {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
-    "compile": (BenchCompileConfig, {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()}),
+    "train": (
+        BenchTrainConfig,
+        {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()},
+    ),
+    "compile": (
+        BenchCompileConfig,
+        {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()},
+    ),
     "generate": (BenchGenerateConfig, None),
     "kernel": (BenchKernelConfig, None),
     "serve": (BenchServeConfig, None),
@@ -585,7 +756,11 @@ BENCHES = {
 }
 
 
-def parse(config_class: type[Config], presets: dict[str, Config] | None = None, argv: list[str] | None = None) -> Config:
+def parse(
+    config_class: type[Config],
+    presets: dict[str, Config] | None = None,
+    argv: list[str] | None = None,
+) -> Config:
     """The command line `[PRESET] --key=value ...` as a config_class. Where presets are given, one must be named, first or as
     --preset=NAME.
 
@@ -594,7 +769,9 @@ def parse(config_class: type[Config], presets: dict[str, Config] | None = None, 
     description, default = config_class.__doc__, None
     if presets:
         description += f"\n\nPRESET is one of: {', '.join(presets)}"
-        named = [a for a in argv if a.startswith("--preset=")] or [a for a in argv[:1] if not a.startswith("-")]
+        named = [a for a in argv if a.startswith("--preset=")] or [
+            a for a in argv[:1] if not a.startswith("-")
+        ]
         if named:
             argv.remove(named[0])
             name = named[0].removeprefix("--preset=")
@@ -604,12 +781,22 @@ def parse(config_class: type[Config], presets: dict[str, Config] | None = None, 
         elif not {"-h", "--help"} & set(argv):
             fail(f"name a preset first: {', '.join(presets)}")
     flags = booleans(config_class)
-    argv = [f"{a}=True" if a in flags and after.startswith("--") else a for a, after in zip(argv, [*argv[1:], "--"])]
+    argv = [
+        f"{a}=True" if a in flags and after.startswith("--") else a
+        for a, after in zip(argv, [*argv[1:], "--"])
+    ]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(config_class, args=argv, default=default, description=description, use_underscores=True,
-                            prog=Path(sys.argv[0]).name, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(
+                config_class,
+                args=argv,
+                default=default,
+                description=description,
+                use_underscores=True,
+                prog=Path(sys.argv[0]).name,
+                config=(tyro.conf.FlagConversionOff,),
+            )
     except SystemExit as e:
         if e.code:
             fail(sentence_of(errors.getvalue()))
@@ -627,8 +814,15 @@ def parse_command(commands: dict[str, tuple[type[Config], dict[str, Config] | No
     """The command line `COMMAND ...`, where each command has a config class and, perhaps, presets."""
     name, *argv = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        lines = (f"  {command:10} {config_class.__doc__.splitlines()[0]}" for command, (config_class, _) in commands.items())
-        print(f"usage: {Path(sys.argv[0]).name} COMMAND [--key=value ...]; COMMAND --help lists its flags", *lines, sep="\n")
+        lines = (
+            f"  {command:10} {config_class.__doc__.splitlines()[0]}"
+            for command, (config_class, _) in commands.items()
+        )
+        print(
+            f"usage: {Path(sys.argv[0]).name} COMMAND [--key=value ...]; COMMAND --help lists its flags",
+            *lines,
+            sep="\n",
+        )
         sys.exit(0)
     if name not in commands:
         fail(f"name a command first: {', '.join(commands)}")
@@ -663,4 +857,6 @@ def user_errors():
 
 def changed(config: GPTConfig) -> dict:
     """The fields of a GPTConfig that differ from GPT-2's defaults: what a user asks to override in a pretrained model."""
-    return {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
+    return {
+        f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default
+    }

@@ -24,7 +24,18 @@ from model import ACTIVATIONS
 from utils import TrainState
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+ITEMSIZE = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+}
 
 
 def instructions(hlo: str) -> Iterator[tuple[int, str]]:
@@ -44,7 +55,9 @@ def instructions(hlo: str) -> Iterator[tuple[int, str]]:
             if body := re.search(r" while\(.* body=%?([\w.-]+)", line):
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 yield from run(body[1], times * int(trips[1]) if trips else times)
-            elif called := re.search(r" (?:fusion|call|async-start)\(.* (?:calls|to_apply)=%?([\w.-]+)", line):
+            elif called := re.search(
+                r" (?:fusion|call|async-start)\(.* (?:calls|to_apply)=%?([\w.-]+)", line
+            ):
                 yield from run(called[1], times)
 
     yield from run(entry, 1)
@@ -52,7 +65,10 @@ def instructions(hlo: str) -> Iterator[tuple[int, str]]:
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """[("f32", (4, 64))] of "(f32[4,64]{1,0}, ...)" """
-    return [(dtype, tuple(map(int, dims.split(","))) if dims else ()) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", text)]
+    return [
+        (dtype, tuple(map(int, dims.split(","))) if dims else ())
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", text)
+    ]
 
 
 def collective_ops(hlo: str) -> collections.Counter:
@@ -63,16 +79,25 @@ def collective_ops(hlo: str) -> collections.Counter:
         if op := re.search(rf" = (.*?) ({COLLECTIVES})(?:-done)?\(", line):
             results = shapes(op[1])
             size = sum(ITEMSIZE[dtype] * math.prod(dims) for dtype, dims in results)
-            found[op[2], " ".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in results), size] += times
+            found[
+                op[2],
+                " ".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in results),
+                size,
+            ] += times
     return found
 
 
 def matmul_flops(hlo: str) -> int:
     """Of one device in one execution: 2 for each multiply-add of every dot."""
-    dims = {m[1]: shapes(m[2])[0][1] for m in re.finditer(r"^\s+(?:ROOT )?%?([\w.-]+) = (\w+\[[\d,]*\])", hlo, re.MULTILINE)}
+    dims = {
+        m[1]: shapes(m[2])[0][1]
+        for m in re.finditer(r"^\s+(?:ROOT )?%?([\w.-]+) = (\w+\[[\d,]*\])", hlo, re.MULTILINE)
+    }
     total = 0
     for times, line in instructions(hlo):
-        if dot := re.search(r" = (\S+) dot\(%?([\w.-]+),.* lhs_contracting_dims=\{([\d,]*)\}", line):
+        if dot := re.search(
+            r" = (\S+) dot\(%?([\w.-]+),.* lhs_contracting_dims=\{([\d,]*)\}", line
+        ):
             contracted = math.prod(dims[dot[2]][int(i)] for i in dot[3].split(","))
             total += times * 2 * math.prod(shapes(dot[1])[0][1]) * contracted
     return total
@@ -82,7 +107,9 @@ def with_data(config: TrainConfig) -> TrainConfig:
     """config with the model that train.start would make, as far as it can be known without data set and weights."""
     model, meta = config.model, config.data_path / "meta.json"
     if config.init_from not in ("scratch", "resume"):
-        stored = pretrained.read_config(pretrained.fetch(config.init_from, "config.json") / "config.json")
+        stored = pretrained.read_config(
+            pretrained.fetch(config.init_from, "config.json") / "config.json"
+        )
         model = pretrained.overridden(stored, configs.changed(model))
     elif meta.exists():
         model = dataclasses.replace(model, vocab_size=json.loads(meta.read_text())["vocab_size"])
@@ -93,7 +120,9 @@ def with_data(config: TrainConfig) -> TrainConfig:
 
 def shard_bytes(tree: Any) -> int:
     """What one device holds of arrays, or of jax.ShapeDtypeStructs with shardings."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
 
 
 def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
@@ -112,7 +141,11 @@ def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[in
     kept = jax.eval_shape(lambda x: jax.vjp(ACTIVATIONS[model.activation], x)[1], jnp.zeros(1))
     f = sum(a.dtype.itemsize for a in jax.tree.leaves(kept) if a.shape)  # constants have none
     tokens = config.batch_size // R * T // K
-    block = tokens * (16 * C + 2 * (e + dropped) * C + (4 * e * C + 4 * C * (e + f) + (4 + e + dropped) * T * H) // W)
+    block = tokens * (
+        16 * C
+        + 2 * (e + dropped) * C
+        + (4 * e * C + 4 * C * (e + f) + (4 + e + dropped) * T * H) // W
+    )
     L = model.n_layer * (M + S - 1) / M
     rest = tokens * 12 * C + 2 * 4 * (tokens // config.loss_chunks) * model.padded_vocab_size // W
     return int(L * block), int(L * tokens * 4 * C + block * S / M), rest
@@ -123,11 +156,18 @@ def report(config: TrainConfig, train_step: Callable) -> Iterator[str]:
     config = with_data(config)
     use_cpu_cores(config)
     mesh = planned_mesh(config)
-    model, A, B, T = config.model, config.gradient_accumulation_steps, config.batch_size, config.model.block_size
+    model, A, B, T = (
+        config.model,
+        config.gradient_accumulation_steps,
+        config.batch_size,
+        config.model.block_size,
+    )
     state = TrainState.shapes(config, mesh)
     blocks, with_remat, rest = activation_bytes(config, mesh)
     whole = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
-    share = lambda tree: f"{gb(shard_bytes(tree))} of {gb(whole(tree))}, 1 / {whole(tree) / shard_bytes(tree):.2f}"
+    share = lambda tree: (
+        f"{gb(shard_bytes(tree))} of {gb(whole(tree))}, 1 / {whole(tree) / shard_bytes(tree):.2f}"
+    )
     device_tokens = A * B * T / mesh.size
     formula = device_tokens * model.flops_per_token
     yield f"mesh         {describe(mesh)}"
@@ -135,20 +175,26 @@ def report(config: TrainConfig, train_step: Callable) -> Iterator[str]:
     yield "Bytes on one device"
     yield f"parameters   {share(state.params)}; their gradients as much again"
     yield f"optimizer    {share(state.opt_state)}"
-    here, other = (f"{gb(with_remat)} with remat", f"{gb(blocks)} without")[::1 if model.remat else -1]
+    here, other = (f"{gb(with_remat)} with remat", f"{gb(blocks)} without")[
+        :: 1 if model.remat else -1
+    ]
     yield f"activations  estimate: blocks {here} ({other}), the rest {gb(rest)}"
     if isinstance(mesh, AbstractMesh):
         yield f"FLOPs        6 N + 12 L C T: {formula:.3e} a step on one device"
-        yield (f"Nothing was compiled: that takes {mesh.size} devices, if only simulated ones. On a mesh with a part of data and "
-               "that part of batch_size each device does the same.")
+        yield (
+            f"Nothing was compiled: that takes {mesh.size} devices, if only simulated ones. On a mesh with a part of data and "
+            "that part of batch_size each device does the same."
+        )
         return
     batch = jax.ShapeDtypeStruct((A, B, T + 1), jnp.int32, sharding=batch_sharding(mesh, 3))
     compiled = train_step.lower(state, batch, config).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     platform = mesh.devices.flat[0].platform
-    yield (f"compiled     {gb(memory.argument_size_in_bytes + memory.temp_size_in_bytes)} for {platform}: arguments "
-           f"{gb(memory.argument_size_in_bytes)}, of which {gb(memory.alias_size_in_bytes)} are updated in place, outputs "
-           f"{gb(memory.output_size_in_bytes)}, temporary {gb(memory.temp_size_in_bytes)}")
+    yield (
+        f"compiled     {gb(memory.argument_size_in_bytes + memory.temp_size_in_bytes)} for {platform}: arguments "
+        f"{gb(memory.argument_size_in_bytes)}, of which {gb(memory.alias_size_in_bytes)} are updated in place, outputs "
+        f"{gb(memory.output_size_in_bytes)}, temporary {gb(memory.temp_size_in_bytes)}"
+    )
     yield "FLOPs of a step on one device"
     yield f"formula      {formula:.3e}, 6 N + 12 L C T for each of {device_tokens:,.0f} tokens"
     if platform == "cpu":  # elsewhere a matmul may be a call of a library
@@ -162,7 +208,14 @@ def report(config: TrainConfig, train_step: Callable) -> Iterator[str]:
     yield f"Collectives of a step, bytes of results on one device: {gb(kinds.total())}"
     for kind, total in kinds.most_common():
         yield f"{kind:19} {gb(total):>10}"
-        largest = sorted(((times * size, times, shapes) for (k, shapes, size), times in ops.items() if k == kind), reverse=True)
+        largest = sorted(
+            (
+                (times * size, times, shapes)
+                for (k, shapes, size), times in ops.items()
+                if k == kind
+            ),
+            reverse=True,
+        )
         for size, times, shapes in largest[:4]:
             yield f"    {gb(size):>10} = {times:4} x {shapes if len(shapes) < 80 else shapes[:80] + '...'}"
 

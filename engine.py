@@ -44,6 +44,7 @@ class Logprobs(NamedTuple):
 
 class Times(NamedTuple):
     """Seconds of time.perf_counter()."""
+
     added: float
     admitted: float
     first_token: float
@@ -53,30 +54,49 @@ class Times(NamedTuple):
 @dataclass
 class Output:
     """What one step has brought one sample; `generate` returns the sum over all steps."""
+
     request_id: int
-    index: int                                    # of the sample, 0 to n - 1
+    index: int  # of the sample, 0 to n - 1
     token_ids: list[int]
-    text: str                                     # what became certain: withheld while it could begin a stop string
-    logprobs: list[Logprobs] | None               # one per new token
+    text: str  # what became certain: withheld while it could begin a stop string
+    logprobs: list[Logprobs] | None  # one per new token
     prompt_logprobs: list[Logprobs | None] | None  # on a sample's first output
-    finish_reason: str | None                     # "stop" or "length" on the last output
-    times: Times | None = None                    # on the last output
+    finish_reason: str | None  # "stop" or "length" on the last output
+    times: Times | None = None  # on the last output
 
     def __add__(self, later: "Output") -> "Output":
-        return dataclasses.replace(later, token_ids=self.token_ids + later.token_ids, text=self.text + later.text,
-                                   logprobs=None if self.logprobs is None else self.logprobs + later.logprobs,
-                                   prompt_logprobs=self.prompt_logprobs)
+        return dataclasses.replace(
+            later,
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            logprobs=None if self.logprobs is None else self.logprobs + later.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class Sampled(NamedTuple):
     """What comes back from a call. Logprobs are a tuple: of the token, of the likeliest, ids of the likeliest."""
-    token: jax.Array      # (S,) int32
-    logprobs: tuple       # (S,), (S, MAX_LOGPROBS), (S, MAX_LOGPROBS)
-    prompt: tuple | None  # of the token that follows each prompt token: (R, T), (R, T, MAX_LOGPROBS) twice
+
+    token: jax.Array  # (S,) int32
+    logprobs: tuple  # (S,), (S, MAX_LOGPROBS), (S, MAX_LOGPROBS)
+    prompt: (
+        tuple | None
+    )  # of the token that follows each prompt token: (R, T), (R, T, MAX_LOGPROBS) twice
 
 
 @partial(jax.jit, static_argnames=("config", "attention", "T"), donate_argnames=("pool", "slots"))
-def model_step(params, pool, slots: Slots, rows, samples, wanted: Wanted, *, config: GPTConfig, attention: str, T: int):
+def model_step(
+    params,
+    pool,
+    slots: Slots,
+    rows,
+    samples,
+    wanted: Wanted,
+    *,
+    config: GPTConfig,
+    attention: str,
+    T: int,
+):
     """Advances each row by up to T tokens and samples what follows. `pool` and `slots` are donated.
 
     rows (R, 3 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), page table. Tokens are read from the
@@ -104,16 +124,20 @@ def model_step(params, pool, slots: Slots, rows, samples, wanted: Wanted, *, con
         return largest - total, ids
 
     logprob, total = score(logits, token)
-    like = lambda f, *args: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(f, *args))
+    like = lambda f, *args: jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(f, *args)
+    )
     skip = lambda f: lambda *args: like(f, *args)
     top = jax.lax.cond(wanted.top, likeliest, skip(likeliest), logits, total)
 
     def score_prompt(x, next_token):
         """Tile by tile, so that logits exist for one page of tokens at a time."""
+
         def tile(x_token):
             logits = model.logits(x_token[0][None])[0]  # (T, V)
             logprob, total = score(logits, x_token[1])
             return logprob, *likeliest(logits, total)
+
         return jax.lax.map(tile, (x, next_token))
 
     prompt = None
@@ -167,16 +191,21 @@ class Text:
         found = [at for s in stop if (at := text.find(s)) >= 0]
         if found:
             self.stopped, self.held = True, ""
-            return text[:min(found)]
-        most = 0 if last else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self.held = text[len(text) - most:]
-        return text[:len(text) - most]
+            return text[: min(found)]
+        most = (
+            0
+            if last
+            else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        )
+        self.held = text[len(text) - most :]
+        return text[: len(text) - most]
 
 
 class Call(NamedTuple):
     """A model_step in flight."""
+
     tiles: list[tuple[Sequence, int, int]]  # of a prefill
-    seqs: list[Sequence]                    # who gets the samples
+    seqs: list[Sequence]  # who gets the samples
     wanted: Wanted
     sampled: Sampled
 
@@ -185,10 +214,12 @@ class Call(NamedTuple):
 class Stats:
     running: int
     waiting: int
-    pages: int              # of the pool, without the null page
-    pages_held: int         # by sequences; the others are free, though they may be cached
-    tokens_held: int        # in these pages
-    queried_tokens: int     # prompt tokens looked up in the prefix cache, since the start, like all below
+    pages: int  # of the pool, without the null page
+    pages_held: int  # by sequences; the others are free, though they may be cached
+    tokens_held: int  # in these pages
+    queried_tokens: (
+        int  # prompt tokens looked up in the prefix cache, since the start, like all below
+    )
     hit_tokens: int
     preemptions: int
     prompt_tokens: int
@@ -198,29 +229,46 @@ class Stats:
 class Engine:
     """Runs requests on a model: `add` them and `step` while `busy`; or `generate`. Not thread-safe."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, config: EngineConfig = EngineConfig(), *,
-                 progress: bool = True):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig = EngineConfig(),
+        *,
+        progress: bool = True,
+    ):
         """Compiles all that will ever run. tokenizer: for text in outputs, stop strings and the end-of-text token."""
         rows, tokens = (16, 128) if jax.default_backend() == "cpu" else (256, 2048)
-        config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or rows,
-                                     prefill_tokens=config.prefill_tokens or tokens)
+        config = dataclasses.replace(
+            config,
+            max_num_seqs=config.max_num_seqs or rows,
+            prefill_tokens=config.prefill_tokens or tokens,
+        )
         self.config, self.model_config, self.tokenizer = config, model.config, tokenizer
         # A restored checkpoint is committed to its device, and with it whatever a step returns. All that a step takes is so from the
         # start: what became so after the first step would compile every program again, in the middle of the first request.
         put = partial(jax.device_put, device=jax.devices()[0])
         self.params = put(model.for_inference().params())
         dtype, P = config.kv_dtype or model.config.dtype, config.page_size
-        num_pages = config.kv_blocks or num_pages_for(model.config, P, dtype, config.kv_cache_memory, config.attention)
+        num_pages = config.kv_blocks or num_pages_for(
+            model.config, P, dtype, config.kv_cache_memory, config.attention
+        )
         cache = PagedKVCache.create(model.config, num_pages, P, dtype, config.attention)
         self.pool, self.attention = put((cache.k_pages, cache.v_pages)), cache.attention
         self.blocks = BlockManager(num_pages, P)
         self.tiles = config.prefill_tokens // P
-        self.scheduler = Scheduler(self.blocks, max_num_seqs=config.max_num_seqs, tiles=self.tiles,
-                                   chunk_size=config.chunk_size or config.prefill_tokens)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            tiles=self.tiles,
+            chunk_size=config.chunk_size or config.prefill_tokens,
+        )
         self.pages_per_seq = self.blocks.pages_for(model.config.block_size)
         self.swapped: dict[tuple[int, int], list] = {}  # pages of preempted sequences
-        self.leaving: list[tuple[int, int]] = []        # those of them that are on their way to host memory
-        self.requests: dict[int, list[Sequence]] = {}   # those that have not ended
+        self.leaving: list[
+            tuple[int, int]
+        ] = []  # those of them that are on their way to host memory
+        self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
         self.ids = itertools.count()
         self.in_flight: list[Call] = []
         self.prompt_tokens = self.generation_tokens = 0
@@ -231,19 +279,41 @@ class Engine:
         """Queues a request, returns its id. Raises ValueError if it can never be served as it is asked."""
         V, size = self.model_config.vocab_size, self.model_config.block_size
         prompt = list(map(int, prompt))
-        require(len(prompt) > 0, "the prompt is empty: give it at least 1 token, for example the end-of-text token")
-        for name, ids in (("prompt", prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        require(
+            len(prompt) > 0,
+            "the prompt is empty: give it at least 1 token, for example the end-of-text token",
+        )
+        for name, ids in (
+            ("prompt", prompt),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
             wrong = [t for t in ids if not 0 <= t < V]
-            require(not wrong, f"{name} has token {wrong and wrong[0]}, and the vocabulary ends at {V - 1}")
-        require(len(prompt) + params.max_tokens <= size,
-                f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} make {len(prompt) + params.max_tokens}, and the "
-                f"model's context is {size}: ask for fewer")
-        require(self.tokenizer is not None or not params.stop, "stop strings need an engine with a tokenizer")
+            require(
+                not wrong,
+                f"{name} has token {wrong and wrong[0]}, and the vocabulary ends at {V - 1}",
+            )
+        require(
+            len(prompt) + params.max_tokens <= size,
+            f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} make {len(prompt) + params.max_tokens}, and the "
+            f"model's context is {size}: ask for fewer",
+        )
+        require(
+            self.tokenizer is not None or not params.stop,
+            "stop strings need an engine with a tokenizer",
+        )
         stop_ids = set(params.stop_token_ids)
-        if self.tokenizer is not None and self.tokenizer.eos_id is not None and not params.ignore_eos:
+        if (
+            self.tokenizer is not None
+            and self.tokenizer.eos_id is not None
+            and not params.ignore_eos
+        ):
             stop_ids.add(self.tokenizer.eos_id)
         biases = len(params.logit_bias) + len(stop_ids)
-        require(biases <= MAX_BIASES, f"logit_bias and stop tokens have {biases} entries, and {MAX_BIASES} fit")
+        require(
+            biases <= MAX_BIASES,
+            f"logit_bias and stop tokens have {biases} entries, and {MAX_BIASES} fit",
+        )
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
         request_id = next(self.ids)
@@ -253,7 +323,9 @@ class Engine:
             seq.times = [time.perf_counter()]
             seq.text = None if self.tokenizer is None else Text(self.tokenizer, params.stop)
             if not seq.prompt_logprobs:
-                seq.prompt_logprobs = [None]  # the first token has none; followers see what their leader fills in
+                seq.prompt_logprobs = [
+                    None
+                ]  # the first token has none; followers see what their leader fills in
                 for follower in seq.followers:
                     follower.prompt_logprobs = seq.prompt_logprobs
         self.requests[request_id] = seqs
@@ -266,7 +338,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Starts a step, and while it runs takes in the one before: its samples are the one thing that is waited for."""
         started = self._launch(self.scheduler.schedule())
-        assert started or self.in_flight or not self.requests, f"none of {len(self.requests)} requests can go on"
+        assert started or self.in_flight or not self.requests, (
+            f"none of {len(self.requests)} requests can go on"
+        )
         landed, self.in_flight = self.in_flight, started
         return self._collect(landed)
 
@@ -276,12 +350,20 @@ class Engine:
             if not seq.finished:
                 self._finish(seq)
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = SamplingParams(), *,
-                 progress: bool = True) -> list[list[Output]]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | list[SamplingParams] = SamplingParams(),
+        *,
+        progress: bool = True,
+    ) -> list[list[Output]]:
         """The n samples of each prompt, whole; params for all prompts or for each. The engine must not be busy."""
         assert not self.busy, "generate and add at the same time"
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        require(len(params) == len(prompts), f"{len(prompts)} prompts and {len(params)} SamplingParams: give one or one for each")
+        require(
+            len(params) == len(prompts),
+            f"{len(prompts)} prompts and {len(params)} SamplingParams: give one or one for each",
+        )
         ids = [self.add(prompt, p) for prompt, p in zip(prompts, params)]
         done = {i: [None] * p.n for i, p in zip(ids, params)}
         with tqdm(total=sum(p.n for p in params), unit="sample", disable=not progress) as bar:
@@ -294,10 +376,22 @@ class Engine:
 
     def stats(self) -> Stats:
         held = self.blocks.num_pages - 1 - self.blocks.num_free
-        room = sum(len(self.blocks.tables[s.key]) * self.config.page_size - s.computed for s in self.scheduler.running)
-        return Stats(len(self.scheduler.running), len(self.scheduler.waiting), self.blocks.num_pages - 1, held,
-                     held * self.config.page_size - room, self.blocks.queried_tokens, self.blocks.hit_tokens,
-                     self.scheduler.preemptions, self.prompt_tokens, self.generation_tokens)
+        room = sum(
+            len(self.blocks.tables[s.key]) * self.config.page_size - s.computed
+            for s in self.scheduler.running
+        )
+        return Stats(
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+            self.blocks.num_pages - 1,
+            held,
+            held * self.config.page_size - room,
+            self.blocks.queried_tokens,
+            self.blocks.hit_tokens,
+            self.scheduler.preemptions,
+            self.prompt_tokens,
+            self.generation_tokens,
+        )
 
     def snapshot(self) -> list[tuple[list[tuple[int, int]], bool]]:
         """Of each page: which (request, sample) hold it, and whether it is in the prefix cache."""
@@ -327,56 +421,97 @@ class Engine:
                 seq.times.append(time.perf_counter())
         calls = []
         if plan.tiles:
-            rows = [(seq.slot, start, new, self.blocks.tables[seq.key]) for seq, start, new in plan.tiles]
+            rows = [
+                (seq.slot, start, new, self.blocks.tables[seq.key])
+                for seq, start, new in plan.tiles
+            ]
             R = next(R for R in self.prefill_tiles if R >= max(len(rows), len(plan.samples)))
             calls.append(self._call(rows, plan.tiles, plan.samples, R, self.config.page_size))
             self.prompt_tokens += sum(new for _, _, new in plan.tiles)
         if plan.decodes:
-            rows = [(seq.slot, seq.computed - 1, 1, self.blocks.tables[seq.key]) for seq in plan.decodes]
+            rows = [
+                (seq.slot, seq.computed - 1, 1, self.blocks.tables[seq.key]) for seq in plan.decodes
+            ]
             R = next(R for R in self.decode_rows if R >= len(rows))
             calls.append(self._call(rows, [], list(enumerate(plan.decodes)), R, 1))
         return calls
 
-    def _call(self, work: list[tuple], tiles: list, samples: list[tuple[int, Sequence]], R: int, T: int) -> Call:
+    def _call(
+        self, work: list[tuple], tiles: list, samples: list[tuple[int, Sequence]], R: int, T: int
+    ) -> Call:
         """Packs work (slot, tokens in pages, new tokens, page table) into the shape (R, T) and runs model_step on it."""
         padding = self.config.max_num_seqs  # the last slot
-        rows, to_sample = np.zeros((R, 3 + self.pages_per_seq), np.int32), np.zeros((R, 2), np.int32)
+        rows, to_sample = (
+            np.zeros((R, 3 + self.pages_per_seq), np.int32),
+            np.zeros((R, 2), np.int32),
+        )
         rows[:, 0] = to_sample[:, 1] = padding
         for row, (slot, start, new, table) in zip(rows, work):
             row[:3] = slot, start, new
-            row[3:3 + len(table)] = table
+            row[3 : 3 + len(table)] = table
         for i, (row, seq) in enumerate(samples):
             to_sample[i] = row, seq.slot
         asked = [seq.params for _, seq in samples]
-        wanted = Wanted(any(p.adjusts for p in asked), any(p.keeps for p in asked), any(p.logprobs for p in asked),
-                        any(seq.params.prompt_logprobs is not None for seq, _, _ in tiles))
-        self.pool, self.slots, sampled = model_step(self.params, self.pool, self.slots, rows, to_sample, wanted,
-                                                    config=self.model_config, attention=self.attention, T=T)
+        wanted = Wanted(
+            any(p.adjusts for p in asked),
+            any(p.keeps for p in asked),
+            any(p.logprobs for p in asked),
+            any(seq.params.prompt_logprobs is not None for seq, _, _ in tiles),
+        )
+        self.pool, self.slots, sampled = model_step(
+            self.params,
+            self.pool,
+            self.slots,
+            rows,
+            to_sample,
+            wanted,
+            config=self.model_config,
+            attention=self.attention,
+            T=T,
+        )
         return Call(tiles, [seq for _, seq in samples], wanted, sampled)
 
     def _collect(self, calls: list[Call]) -> list[Output]:
         """Waits for a step's samples, and the pages that leave, and makes outputs of them."""
-        wait_for = [(c.sampled.token, c.sampled.logprobs[:None if c.wanted.top else 1],
-                     c.sampled.prompt if c.wanted.prompt else None) for c in calls]
-        results, pages = jax.device_get((wait_for, {key: self.swapped[key] for key in self.leaving}))
+        wait_for = [
+            (
+                c.sampled.token,
+                c.sampled.logprobs[: None if c.wanted.top else 1],
+                c.sampled.prompt if c.wanted.prompt else None,
+            )
+            for c in calls
+        ]
+        results, pages = jax.device_get(
+            (wait_for, {key: self.swapped[key] for key in self.leaving})
+        )
         self.swapped |= pages
         outputs = []
         for call, (tokens, logprobs, prompt) in zip(calls, results):
             for r, (seq, start, new) in enumerate(call.tiles if call.wanted.prompt else []):
                 if seq.params.prompt_logprobs is not None:
-                    for t, token in enumerate(seq.prompt[start + 1:start + new + 1]):
-                        seq.prompt_logprobs.append(self._logprobs(token, prompt, (r, t), seq.params.prompt_logprobs))
+                    for t, token in enumerate(seq.prompt[start + 1 : start + new + 1]):
+                        seq.prompt_logprobs.append(
+                            self._logprobs(token, prompt, (r, t), seq.params.prompt_logprobs)
+                        )
             for i, seq in enumerate(call.seqs):
                 if not seq.finished:
                     token = int(tokens[i])
-                    outputs.append(self._output(seq, token, self._logprobs(token, logprobs, i, seq.params.logprobs)))
+                    outputs.append(
+                        self._output(
+                            seq, token, self._logprobs(token, logprobs, i, seq.params.logprobs)
+                        )
+                    )
         return outputs
 
     def _logprobs(self, token: int, arrays: tuple, at, top: int | None) -> Logprobs | None:
         if top is None:
             return None
         likeliest = zip(arrays[2][at].tolist()[:top], arrays[1][at].tolist()) if top else ()
-        return Logprobs(token, float(arrays[0][at]), {t: p for t, p in likeliest if t < self.model_config.vocab_size})
+        return Logprobs(
+            token,
+            float(arrays[0][at]),
+            {t: p for t, p in likeliest if t < self.model_config.vocab_size},
+        )
 
     def _output(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> Output:
         params = seq.params
@@ -397,7 +532,9 @@ class Engine:
         stopped = made > 0 and token in seq.stop_ids
         last = stopped or made >= params.max_tokens
         if seq.text:
-            out.text += seq.text.push([] if stopped or not made else [token], last=last, search=made >= params.min_tokens)
+            out.text += seq.text.push(
+                [] if stopped or not made else [token], last=last, search=made >= params.min_tokens
+            )
             stopped |= seq.text.stopped
         if stopped or last:
             out.finish_reason = "stop" if stopped else "length"
@@ -415,16 +552,31 @@ class Engine:
     def _slot_row(self, seq: Sequence) -> Slots:
         p, V = seq.params, self.model_config.vocab_size
         tokens = np.zeros(self.model_config.block_size + 1, np.int32)
-        tokens[:len(seq.tokens)] = seq.tokens
+        tokens[: len(seq.tokens)] = seq.tokens
         banned = seq.stop_ids if p.min_tokens else ()
-        bias_ids, biases = np.full(MAX_BIASES, self.model_config.padded_vocab_size, np.int32), np.zeros(MAX_BIASES, np.float32)
+        bias_ids, biases = (
+            np.full(MAX_BIASES, self.model_config.padded_vocab_size, np.int32),
+            np.zeros(MAX_BIASES, np.float32),
+        )
         for i, (t, bias) in enumerate([*p.logit_bias.items(), *((t, -np.inf) for t in banned)]):
             bias_ids[i], biases[i] = t, bias
         i32, f32 = np.int32, np.float32
-        return Slots(tokens, i32(seq.prompt_len), i32(seq.prompt_len + p.min_tokens),
-                     np.array([p.seed >> 32 & 0xffffffff, p.seed & 0xffffffff], np.uint32), i32(seq.key[1]), f32(p.temperature),
-                     i32(min(p.top_k or V, V)), f32(p.top_p), f32(p.min_p), f32(p.repetition_penalty), f32(p.frequency_penalty),
-                     f32(p.presence_penalty), bias_ids, biases)
+        return Slots(
+            tokens,
+            i32(seq.prompt_len),
+            i32(seq.prompt_len + p.min_tokens),
+            np.array([p.seed >> 32 & 0xFFFFFFFF, p.seed & 0xFFFFFFFF], np.uint32),
+            i32(seq.key[1]),
+            f32(p.temperature),
+            i32(min(p.top_k or V, V)),
+            f32(p.top_p),
+            f32(p.min_p),
+            f32(p.repetition_penalty),
+            f32(p.frequency_penalty),
+            f32(p.presence_penalty),
+            bias_ids,
+            biases,
+        )
 
     def _warm_up(self, progress: bool) -> tuple[list[int], list[int]]:
         """Runs each program once, which compiles it. Returns the tiles to prefill and the rows to decode with, ascending: the
@@ -432,8 +584,14 @@ class Engine:
         P, most = self.config.page_size, self.config.max_num_seqs
         n = min(self.tiles, most, self.blocks.num_pages - 1)
         rng = np.random.default_rng(0)
-        seqs = [Sequence((0, 0), rng.integers(self.model_config.vocab_size, size=P).tolist(), SamplingParams(seed=0, logprobs=1))
-                for _ in range(n)]
+        seqs = [
+            Sequence(
+                (0, 0),
+                rng.integers(self.model_config.vocab_size, size=P).tolist(),
+                SamplingParams(seed=0, logprobs=1),
+            )
+            for _ in range(n)
+        ]
         empty = self._slot_row(Sequence((0, 0), [0], SamplingParams(seed=0)))
         empty = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (most + 1)), empty)
         self.slots = jax.device_put(empty, jax.devices()[0])
@@ -449,7 +607,7 @@ class Engine:
                 work = [(r % n, P - T, T, [r % n + 1]) for r in range(start, min(start + R, total))]
                 samples = [(row, seqs[slot]) for row, (slot, *_) in enumerate(work)]
                 logprobs = self._call(work, [], samples, R, T).sampled.logprobs
-                calls.append([np.asarray(a)[:len(work)].view(np.int32) for a in logprobs])
+                calls.append([np.asarray(a)[: len(work)].view(np.int32) for a in logprobs])
             bar.update()
             return [np.concatenate(arrays) for arrays in zip(*calls)]
 
@@ -461,8 +619,20 @@ class Engine:
         below = lambda R, *sizes: [R, *(r for r in sizes if r < R)]
         tiles = below(self.tiles, 512, 128, 32, 8, 2)
         # A product with one row has bits of its own, and with bfloat16 a CPU is slow at it; 4 rows cost nearly what 8 do.
-        rows = below(max(most, 1 if self.model_config.dtype == "float32" else 2), 512, 256, 128, 64, 32, 16, 8, 2)
+        rows = below(
+            max(most, 1 if self.model_config.dtype == "float32" else 2),
+            512,
+            256,
+            128,
+            64,
+            32,
+            16,
+            8,
+            2,
+        )
         with tqdm(total=1 + len(tiles) + len(rows), desc="compiling", disable=not progress) as bar:
-            self.pool = copy_page(write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0)
+            self.pool = copy_page(
+                write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0
+            )
             bar.update()
             return same_bits(tiles, P), same_bits(rows, 1)

@@ -13,9 +13,13 @@ def main(config: ExportConfig) -> None:
     """Write config.to; says which checkpoint went into it."""
     model, tokenizer, step = load_model(config.out_dir)
     model.save_pretrained(config.to, tokenizer)
-    print(f"step {step} of {config.out_dir} is in {config.to}: AutoModelForCausalLM.from_pretrained loads it")
+    print(
+        f"step {step} of {config.out_dir} is in {config.to}: AutoModelForCausalLM.from_pretrained loads it"
+    )
     if not model.config.bias:
-        print("it was trained without biases; there they are zeros: Hugging Face's GPT-2 always has them")
+        print(
+            "it was trained without biases; there they are zeros: Hugging Face's GPT-2 always has them"
+        )
 
 
 if __name__ == "__main__":

@@ -13,18 +13,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from config import TrainConfig, require
 
 # Peak dense bfloat16 FLOP/s by jax.Device.device_kind, from the makers' data sheets; MFU is shown where the device is known.
 PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
 }
 
-HEARTBEAT_TIMEOUT = 60  # seconds after which a process that does not answer is given up, and all end
+HEARTBEAT_TIMEOUT = (
+    60  # seconds after which a process that does not answer is given up, and all end
+)
 CPU_DEVICE_FLOPS = 500_000_000  # per micro-batch: below, a CPU device costs more time than it saves
 MOST_CPU_DEVICES = 2048  # that XLA compiles for in one process
 
@@ -40,14 +50,16 @@ AXES = {
 # hand and leaves the other axes to XLA.
 ROWS, GATHERED = ("layers", "data", "fsdp"), ("fsdp", "layers")
 SPECS = {  # end of a parameter's path -> how it lies on the mesh; what is not here is replicated
-    "wte.embedding": P("tensor", GATHERED),              # (V, C)
-    "wpe.embedding": P(None, GATHERED),                  # (block_size, C)
+    "wte.embedding": P("tensor", GATHERED),  # (V, C)
+    "wpe.embedding": P(None, GATHERED),  # (block_size, C)
     # One layer's; the stack has "layers" in front.
-    "attn.c_attn.kernel": P(("fsdp", "tensor"), None),   # (C, 3C), q, k and v side by side: see `gather`
-    "attn.c_proj.kernel": P("tensor", "fsdp"),           # (C, C)
-    "mlp.c_fc.kernel": P("fsdp", "tensor"),              # (C, 4C)
-    "mlp.c_fc.bias": P("tensor"),                        # (4C,)
-    "mlp.c_proj.kernel": P("tensor", "fsdp"),            # (4C, C)
+    "attn.c_attn.kernel": P(
+        ("fsdp", "tensor"), None
+    ),  # (C, 3C), q, k and v side by side: see `gather`
+    "attn.c_proj.kernel": P("tensor", "fsdp"),  # (C, C)
+    "mlp.c_fc.kernel": P("fsdp", "tensor"),  # (C, 4C)
+    "mlp.c_fc.bias": P("tensor"),  # (4C,)
+    "mlp.c_proj.kernel": P("tensor", "fsdp"),  # (4C, C)
 }
 
 
@@ -56,15 +68,22 @@ def mesh_shape(sizes: str, devices: int) -> dict[str, int]:
     shape = dict.fromkeys(AXES, 1)
     for part in sizes.split(","):
         name, _, size = part.partition(":")
-        require(name in AXES and (size.isdecimal() and int(size) > 0 or size == "-1"),
-                f"--mesh={sizes}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)} and a size of 1 or more, or -1")
+        require(
+            name in AXES and (size.isdecimal() and int(size) > 0 or size == "-1"),
+            f"--mesh={sizes}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)} and a size of 1 or more, or -1",
+        )
         shape[name] = int(size)
     rest = [name for name, size in shape.items() if size == -1]
-    require(len(rest) <= 1, f"--mesh={sizes}: only one axis can have the rest (-1), not {' and '.join(rest)}")
+    require(
+        len(rest) <= 1,
+        f"--mesh={sizes}: only one axis can have the rest (-1), not {' and '.join(rest)}",
+    )
     for name in rest:
         shape[name] = max(1, devices // -math.prod(shape.values()))
     product = math.prod(shape.values())
-    require(product == devices, f"--mesh={sizes} asks for {product} devices, but there are {devices}")
+    require(
+        product == devices, f"--mesh={sizes} asks for {product} devices, but there are {devices}"
+    )
     return shape
 
 
@@ -72,7 +91,12 @@ def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of mesh_shape, by default over all devices."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    return jax.make_mesh(
+        tuple(shape.values()),
+        tuple(shape),
+        axis_types=(AxisType.Auto,) * len(shape),
+        devices=devices,
+    )
 
 
 def training_mesh(config: TrainConfig) -> Mesh:
@@ -86,7 +110,9 @@ def training_mesh(config: TrainConfig) -> Mesh:
         if jax.process_count() == 1:
             n = largest_divisor(config.batch_size, n)
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-        state_bytes = 16 * config.model.num_params()  # float32 parameters, gradients and two moments
+        state_bytes = (
+            16 * config.model.num_params()
+        )  # float32 parameters, gradients and two moments
         mesh = make_mesh("fsdp:-1" if state_bytes > memory / 4 else "data:-1", jax.devices()[:n])
     require_equal_pieces(config, mesh)
     return mesh
@@ -103,17 +129,27 @@ def planned_mesh(config: TrainConfig) -> Mesh | AbstractMesh:
         mesh = make_mesh(config.mesh, found[0][:n])
     else:
         shape = mesh_shape(config.mesh, n)
-        mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+        mesh = AbstractMesh(
+            tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+        )
     require_equal_pieces(config, mesh)
     return mesh
 
 
 def require_equal_pieces(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError for what the mesh cannot cut into equal pieces."""
+
     def check(what: str, size: int, axes: str | tuple[str, ...]) -> None:
-        over = {axis: mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[axis] > 1}
-        require(size % math.prod(over.values()) == 0, f"{what}={size} must be divisible by {math.prod(over.values())}, the mesh's "
-                + " x ".join(f"{axis}:{n}" for axis, n in over.items()))
+        over = {
+            axis: mesh.shape[axis]
+            for axis in ((axes,) if isinstance(axes, str) else axes)
+            if mesh.shape[axis] > 1
+        }
+        require(
+            size % math.prod(over.values()) == 0,
+            f"{what}={size} must be divisible by {math.prod(over.values())}, the mesh's "
+            + " x ".join(f"{axis}:{n}" for axis, n in over.items()),
+        )
 
     model = config.model
     check("batch_size", config.batch_size, ROWS)
@@ -159,11 +195,18 @@ def connect(config: TrainConfig) -> int:
     there is more than one: in a SLURM step, under Open MPI, on a TPU pod."""
     if config.coordinator_address:
         processes = config.num_processes
-        flags = dict(coordinator_address=config.coordinator_address, num_processes=processes, process_id=config.process_id,
-                     cluster_detection_method="deactivate")
+        flags = dict(
+            coordinator_address=config.coordinator_address,
+            num_processes=processes,
+            process_id=config.process_id,
+            cluster_detection_method="deactivate",
+        )
     else:
-        processes = max(int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)),
-                        len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")))
+        processes = max(
+            int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)),
+            int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)),
+            len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")),
+        )
         flags = {}
     if processes > 1:
         jax.distributed.initialize(**flags, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
@@ -180,7 +223,10 @@ def use_cpu_cores(config: TrainConfig, processes: int = 1) -> None:
         n = min(devices_named(config.mesh) // processes, MOST_CPU_DEVICES)
     else:
         flops = config.model.flops_per_token * config.batch_size * config.model.block_size
-        n = largest_divisor(config.batch_size // processes, min(len(os.sched_getaffinity(0)), flops // CPU_DEVICE_FLOPS))
+        n = largest_divisor(
+            config.batch_size // processes,
+            min(len(os.sched_getaffinity(0)), flops // CPU_DEVICE_FLOPS),
+        )
     jax.config.update("jax_num_cpu_devices", max(1, n))
     if n > 1:
         # Devices wait for each other in threads of XLA's pool: if all of them wait, or work of the next step is queued before the
@@ -203,7 +249,9 @@ def partition_spec(path: tuple) -> P:
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """Of every array in a TrainState or in a part of one."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, partition_spec(path)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, partition_spec(path)), tree
+    )
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
@@ -214,23 +262,30 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
 def put_batch(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
     """An array of `shape` (..., B, T) whose rows are sharded over the mesh. read(rows) gives (..., b, T) of a slice of the B rows;
     it is asked only for rows that belong on this process's devices."""
-    return jax.make_array_from_callback(shape, batch_sharding(mesh, len(shape)), lambda index: read(index[-2]))
+    return jax.make_array_from_callback(
+        shape, batch_sharding(mesh, len(shape)), lambda index: read(index[-2])
+    )
 
 
 def constrain(mesh: Mesh, x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """x, which lies on the mesh as spec says from here on. In the pipeline that is the mesh without the axis taken by hand."""
     inner = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh if inner.empty else inner, P(*spec)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh if inner.empty else inner, P(*spec))
+    )
 
 
 def gather(mesh: Mesh, weights: Any) -> Any:
     """Weights of one layer, or those outside of the layers, as matmuls want them: sharded over "tensor" only."""
+
     def one(path, w):
         if path_name(path).endswith("attn.c_attn.kernel"):
             # An equal cut of 3C would hold a q here and a v there: what is stored cut by rows is used cut by heads.
             w = constrain(mesh, w, "tensor", None).reshape(len(w), 3, -1)
             return constrain(mesh, w, None, None, "tensor").reshape(len(w), -1)
-        return constrain(mesh, w, *["tensor" if axes == "tensor" else None for axes in partition_spec(path)])
+        return constrain(
+            mesh, w, *["tensor" if axes == "tensor" else None for axes in partition_spec(path)]
+        )
 
     return jax.tree_util.tree_map_with_path(one, weights)
 
@@ -257,7 +312,9 @@ class Layout:
         # Up to four micro-batches a stage: then stages idle for less than a fifth of the time.
         return S, S * largest_divisor(rows // self.shards[0], 4) if S > 1 else 1
 
-    def scan(self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1) -> tuple[tuple, None]:
+    def scan(
+        self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1
+    ) -> tuple[tuple, None]:
         """jax.lax.scan over the blocks; tells XLA how rows and weights lie on the mesh, and is a pipeline along "layers".
 
         Without these hints XLA lets the activations follow the weights and sends those through the network instead."""
@@ -265,26 +322,51 @@ class Layout:
         assert cache is None, "there is no cache in training"
         sizes = {w[0].size for w in jax.tree.leaves(layers[0])}
 
-        def not_gathered(primitive, *inputs, **_):  # of what the backward pass needs: may it be kept?
-            return primitive.name not in ("sharding_constraint", "reshape", "convert_element_type") or inputs[0].size not in sizes
+        def not_gathered(
+            primitive, *inputs, **_
+        ):  # of what the backward pass needs: may it be kept?
+            return (
+                primitive.name not in ("sharding_constraint", "reshape", "convert_element_type")
+                or inputs[0].size not in sizes
+            )
 
         def layer(x, keys, weights_and_index):
             weights, i = weights_and_index
             (x, _, _), _ = f((x, None, keys), (gather(mesh, weights), i))
             return constrain(mesh, x, ("data", "fsdp"), "context", None)  # (B, T, C)
 
-        if mesh.shape["fsdp"] > 1:  # weights are gathered again for the backward pass: kept, they would be whole everywhere
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=None if self.remat else not_gathered)
+        if (
+            mesh.shape["fsdp"] > 1
+        ):  # weights are gathered again for the backward pass: kept, they would be whole everywhere
+            layer = jax.checkpoint(
+                layer, prevent_cse=False, policy=None if self.remat else not_gathered
+            )
         S, M = self.stages(len(x))
         if S == 1:
-            x, _ = jax.lax.scan(lambda x, weights_and_index: (layer(x, keys, weights_and_index), None), x, layers, unroll=unroll)
+            x, _ = jax.lax.scan(
+                lambda x, weights_and_index: (layer(x, keys, weights_and_index), None),
+                x,
+                layers,
+                unroll=unroll,
+            )
         else:
-            x = pipeline(layer, x, keys, layers, mesh=mesh, axis="layers", micro_batches=M, unroll=unroll)
+            x = pipeline(
+                layer, x, keys, layers, mesh=mesh, axis="layers", micro_batches=M, unroll=unroll
+            )
         return (x, cache, keys), None
 
 
-def pipeline(f: Callable, x: jax.Array, rows: Any, layers: Any, *, mesh: Mesh, axis: str, micro_batches: int,
-             unroll: int = 1) -> jax.Array:
+def pipeline(
+    f: Callable,
+    x: jax.Array,
+    rows: Any,
+    layers: Any,
+    *,
+    mesh: Mesh,
+    axis: str,
+    micro_batches: int,
+    unroll: int = 1,
+) -> jax.Array:
     """for each layer: x = f(x, rows, layer); stage s of the S along the mesh's `axis` holds and runs layers s L/S to (s+1) L/S - 1.
 
     x (B, ...) and the leaves of rows, (B, ...) too, are sharded over `axis` before any other along B; the leaves of layers (L, ...)
@@ -298,18 +380,28 @@ def pipeline(f: Callable, x: jax.Array, rows: Any, layers: Any, *, mesh: Mesh, a
         stage = stage[0]
         # Every M/S-th row makes a micro-batch, so that each has its part of every shard of B: (B/S, ...) -> (M/S, B/M, ...)
         split = lambda a: jnp.moveaxis(a.reshape(-1, M // S, *a.shape[1:]), 1, 0)
-        x, rows = jax.tree.map(lambda a: jax.lax.all_gather(split(a), axis, tiled=True), (x, rows))  # (M, B/M, ...)
+        x, rows = jax.tree.map(
+            lambda a: jax.lax.all_gather(split(a), axis, tiled=True), (x, rows)
+        )  # (M, B/M, ...)
 
         def tick(received, t):
             m = jnp.clip(t - stage, 0, M - 1)
             mine = jax.tree.map(lambda a: a[m], rows)
-            y, _ = jax.lax.scan(lambda y, layer: (f(y, mine, layer), None), jnp.where(stage == 0, x[m], received), layers,
-                                unroll=unroll)
+            y, _ = jax.lax.scan(
+                lambda y, layer: (f(y, mine, layer), None),
+                jnp.where(stage == 0, x[m], received),
+                layers,
+                unroll=unroll,
+            )
             return jax.lax.ppermute(y, axis, [(s, s + 1) for s in range(S - 1)]), y
 
         _, y = jax.lax.scan(tick, x[0], jnp.arange(M + S - 1))
         # Micro-batch m leaves the last stage at tick m + S - 1. Every stage gets its own rows back.
-        y = jax.lax.psum_scatter(jnp.where(stage == S - 1, y[S - 1:], 0), axis, tiled=True)  # (M/S, B/M, ...)
+        y = jax.lax.psum_scatter(
+            jnp.where(stage == S - 1, y[S - 1 :], 0), axis, tiled=True
+        )  # (M/S, B/M, ...)
         return jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:])
 
-    return jax.shard_map(run, mesh=mesh, in_specs=P(axis), out_specs=P(axis), axis_names={axis})(x, rows, layers, jnp.arange(S))
+    return jax.shard_map(run, mesh=mesh, in_specs=P(axis), out_specs=P(axis), axis_names={axis})(
+        x, rows, layers, jnp.arange(S)
+    )

@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 ACTIVATIONS = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),  # GPT-2's, tanh form
-    "gelu": partial(jax.nn.gelu, approximate=False),     # exact, by erf
+    "gelu": partial(jax.nn.gelu, approximate=False),  # exact, by erf
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -49,7 +49,9 @@ def _einsum_fwd(spec, a, b, dtype):
 def _einsum_bwd(spec, dtype, inputs, g):
     a, b = inputs
     (a_spec, b_spec), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    return einsum(f"{out},{b_spec}->{a_spec}", g, b, dtype), einsum(f"{a_spec},{out}->{b_spec}", a, g, dtype)
+    return einsum(f"{out},{b_spec}->{a_spec}", g, b, dtype), einsum(
+        f"{a_spec},{out}->{b_spec}", a, g, dtype
+    )
 
 
 einsum.defvjp(_einsum_fwd, _einsum_bwd)
@@ -105,8 +107,14 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, rate: float = 0.0,
-                     dropout_keys: jax.Array | None = None) -> jax.Array:
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dtype: str,
+    rate: float = 0.0,
+    dropout_keys: jax.Array | None = None,
+) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, each position over itself and those before it (Vaswani et al. 2017).
 
     q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities."""
@@ -118,10 +126,14 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, rate:
     return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
 
 
-def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implementation: str = "cudnn") -> jax.Array:
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implementation: str = "cudnn"
+) -> jax.Array:
     """causal_attention without its scores in memory (Dao et al. 2022), rounded to dtype: cuDNN's kernel on NVIDIA GPUs."""
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation).astype(jnp.float32)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation=implementation
+    ).astype(jnp.float32)
 
 
 def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
@@ -129,16 +141,27 @@ def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
 
     alone=False: T is sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is
     demanded in vain."""
-    problem = ("it needs bfloat16 and no dropout" if config.dtype != "bfloat16" or config.dropout else
-               "it needs whole sequences and no pipeline" if not alone else
-               "it needs an NVIDIA GPU" if jax.default_backend() != "gpu" else None)
+    problem = (
+        "it needs bfloat16 and no dropout"
+        if config.dtype != "bfloat16" or config.dropout
+        else "it needs whole sequences and no pipeline"
+        if not alone
+        else "it needs an NVIDIA GPU"
+        if jax.default_backend() != "gpu"
+        else None
+    )
     if config.training_attention != "xla" and not problem:
         q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
         try:
-            jax.block_until_ready(jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q))
+            jax.block_until_ready(
+                jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q)
+            )
         except Exception as e:  # whatever cuDNN, its driver or its version have to say
             problem = repr(e)
-    require(config.training_attention != "cudnn" or not problem, f"training_attention=cudnn does not work here: {problem}")
+    require(
+        config.training_attention != "cudnn" or not problem,
+        f"training_attention=cudnn does not work here: {problem}",
+    )
     if config.training_attention != "auto":
         return config
     return dataclasses.replace(config, training_attention="xla" if problem else "cudnn")
@@ -187,7 +210,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, cache=None, layer=None, dropout_keys: jax.Array | None = None):
         """x (B, T, C), cache -> x (B, T, C), cache; dropout_keys (B,)"""
-        keys = (None,) * 3 if dropout_keys is None else jax.vmap(lambda key: jax.random.split(key, 3))(dropout_keys).T
+        keys = (
+            (None,) * 3
+            if dropout_keys is None
+            else jax.vmap(lambda key: jax.random.split(key, 3))(dropout_keys).T
+        )
         y, cache = self.attn(self.ln_1(x), cache, layer, keys[:2])
         x = x + y
         return x + self.mlp(self.ln_2(x), keys[2]), cache
@@ -198,8 +225,8 @@ class Block(nnx.Module):
 class KVCache:
     """Dense keys and values of B rows, with room for S tokens each. Rows may hold different numbers of tokens."""
 
-    k: jax.Array       # (L, B, H, S, D) in the compute dtype; float32 on CPU
-    v: jax.Array       # (L, B, H, S, D)
+    k: jax.Array  # (L, B, H, S, D) in the compute dtype; float32 on CPU
+    v: jax.Array  # (L, B, H, S, D)
     length: jax.Array  # (B,) int32 tokens held
 
     @classmethod
@@ -213,14 +240,18 @@ class KVCache:
         """(B, T) positions of the next T tokens of each row."""
         return self.length[:, None] + jnp.arange(T)
 
-    def attend(self, layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, "KVCache"]:
+    def attend(
+        self, layer, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, "KVCache"]:
         """Write k, v of T new tokens, then attend q over all that each row holds up to and including itself.
 
         q, k, v (B, T, H, D); returns (B, T, H, D) float32 and the extended cache. A token past slot S is not written."""
         B, T, H, D = q.shape
         at = self.positions(T)
         # Advanced indices with a slice between them: the indexed shape is (B, T, H, D), as k has it.
-        write = lambda pages, new: pages.at[layer, jnp.arange(B)[:, None], :, at].set(new.astype(pages.dtype), mode="drop")
+        write = lambda pages, new: pages.at[layer, jnp.arange(B)[:, None], :, at].set(
+            new.astype(pages.dtype), mode="drop"
+        )
         cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
         dtype = str(self.k.dtype)
         scores = einsum("bthd,bhsd->bhts", q * D**-0.5, cache.k[layer], dtype)
@@ -257,18 +288,28 @@ class GPT(nnx.Module):
     def _init_weights(self, rngs: nnx.Rngs) -> None:
         """GPT-2's initialisation, by parameter path: normal(0.02) for embeddings and kernels, residual projections scaled
         by 1/sqrt(2 L); biases stay 0 and scales 1. Rows of the vocabulary padding are 0."""
+
         def init(path, param):
             name = ".".join(map(str, path))
             if name.endswith(("kernel", "embedding")):
-                std = 0.02 * (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.kernel") else 0.02
+                std = (
+                    0.02 * (2 * self.config.n_layer) ** -0.5
+                    if name.endswith("c_proj.kernel")
+                    else 0.02
+                )
                 param = std * jax.random.normal(rngs.params(), param.shape)
                 if name == "wte.embedding":
-                    param = param.at[self.config.vocab_size:].set(0)
+                    param = param.at[self.config.vocab_size :].set(0)
             return param
 
         state = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         flat = nnx.traversals.flatten_mapping(state)
-        nnx.update(self, nnx.traversals.unflatten_mapping({path: init(path, param) for path, param in flat.items()}))
+        nnx.update(
+            self,
+            nnx.traversals.unflatten_mapping(
+                {path: init(path, param) for path, param in flat.items()}
+            ),
+        )
 
     def __call__(self, tokens: jax.Array, cache=None, *, dropout_key: jax.Array | None = None):
         """tokens (B, T) int -> logits (B, T, V) float32, cache. Without a cache: plain causal attention, T <= block_size.
@@ -280,7 +321,10 @@ class GPT(nnx.Module):
     def hidden(self, tokens: jax.Array, cache=None, *, dropout_key: jax.Array | None = None):
         """tokens (B, T) -> what the head reads: (B, T, C) float32, cache."""
         T = tokens.shape[1]
-        require(T <= self.config.block_size, f"{T} tokens do not fit block_size={self.config.block_size}")
+        require(
+            T <= self.config.block_size,
+            f"{T} tokens do not fit block_size={self.config.block_size}",
+        )
         keys, block_key = None, None
         if dropout_key is not None:
             key, block_key = jax.random.split(dropout_key)
@@ -308,21 +352,35 @@ class GPT(nnx.Module):
             return (*nnx.merge(block, weights)(x, cache, i, layer_keys), keys), None
 
         if self.config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
+            layer = jax.checkpoint(
+                layer, prevent_cse=False
+            )  # a scan's body is not merged with its backward pass anyway
         xs = (weights, jnp.arange(L))
-        (x, cache, _), _ = self.layout.scan(layer, (x, cache, keys), xs, unroll=min(L, self.config.scan_unroll))
+        (x, cache, _), _ = self.layout.scan(
+            layer, (x, cache, keys), xs, unroll=min(L, self.config.scan_unroll)
+        )
         return x, cache
 
     def logits(self, x: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, V) float32; the padding of the vocabulary is -inf, so it has no probability anywhere.
         head (V, C): instead of the token embedding."""
-        logits = einsum("btc,vc->btv", x, self.wte.embedding[...] if head is None else head, self.config.dtype)
+        logits = einsum(
+            "btc,vc->btv", x, self.wte.embedding[...] if head is None else head, self.config.dtype
+        )
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
-        return jnp.where(jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size, logits, -jnp.inf)
+        return jnp.where(
+            jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size, logits, -jnp.inf
+        )
 
-    def loss(self, tokens: jax.Array, targets: jax.Array, *, chunks: int = 1,
-             dropout_key: jax.Array | None = None) -> jax.Array:
+    def loss(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        *,
+        chunks: int = 1,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
         """Mean cross-entropy in nats of targets given tokens, both (B, T); a target of -1 does not count.
 
         With chunks > 1 logits exist for T / chunks positions at a time, in the backward pass too, where they are computed again:
@@ -343,7 +401,9 @@ class GPT(nnx.Module):
 
         def split(a):  # (B, T, ...) -> (chunks, R K, B / R, T / K / chunks, ...)
             a = a.reshape(R, B // R, K, T // K // chunks, chunks, *a.shape[2:])
-            return jnp.moveaxis(a, (4, 2), (0, 2)).reshape(chunks, R * K, B // R, T // K // chunks, *a.shape[5:])
+            return jnp.moveaxis(a, (4, 2), (0, 2)).reshape(
+                chunks, R * K, B // R, T // K // chunks, *a.shape[5:]
+            )
 
         @partial(jax.checkpoint, prevent_cse=False)
         def loss_of_chunk(x_targets):
@@ -360,7 +420,12 @@ class GPT(nnx.Module):
         round_ = lambda path, a: a.astype(dtype) if path[-1].key in ("kernel", "embedding") else a
         nnx.update(model, jax.tree_util.tree_map_with_path(round_, model.params()))
         block, weights = nnx.split(model.h)
-        model.h = nnx.List([nnx.merge(block, jax.tree.map(lambda a: a[i], weights)) for i in range(self.config.n_layer)])
+        model.h = nnx.List(
+            [
+                nnx.merge(block, jax.tree.map(lambda a: a[i], weights))
+                for i in range(self.config.n_layer)
+            ]
+        )
         return model
 
     def params(self) -> Params:
@@ -381,8 +446,17 @@ class GPT(nnx.Module):
         """Write a directory that transformers.AutoModelForCausalLM loads: see pretrained.write."""
         pretrained.write(directory, self.config, self.params(), tokenizer)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float = 1.0, seed: int = 0, stop_token: int | None = None) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_token: int | None = None,
+    ) -> list[list[int]]:
         """Continue prompts of any, also different, lengths: returns each prompt with up to max_new_tokens new tokens.
 
         temperature divides the logits, 0 takes the likeliest token; then only the top_k likeliest are kept, then the smallest
@@ -390,19 +464,41 @@ class GPT(nnx.Module):
         (seed + b, n): it does not depend on the other rows. A row ends with stop_token, the call when all have ended.
         Sliding window: when a row outgrows block_size, its oldest block_size/2 tokens are dropped and the rest is read again."""
         rows = [list(map(int, p)) for p in prompts]
-        for burst in self.stream(rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-                                 stop_token=stop_token, burst=max_new_tokens):
+        for burst in self.stream(
+            rows,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_token=stop_token,
+            burst=max_new_tokens,
+        ):
             rows = [row + new for row, new in zip(rows, burst)]
         return rows
 
-    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float = 1.0, seed: int = 0, stop_token: int | None = None,
-               burst: int = 16) -> Iterator[list[list[int]]]:
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_token: int | None = None,
+        burst: int = 16,
+    ) -> Iterator[list[list[int]]]:
         """As `generate`, but yields the new tokens of each row as they come, up to `burst` at a time: one device call each."""
-        require(len(prompts) > 0 and all(len(p) for p in prompts), "each prompt needs at least one token")
+        require(
+            len(prompts) > 0 and all(len(p) for p in prompts),
+            "each prompt needs at least one token",
+        )
         worst = max(max(p) for p in prompts), min(min(p) for p in prompts)
-        require(worst[0] < self.config.vocab_size and worst[1] >= 0,
-                f"prompt tokens must be in [0, {self.config.vocab_size}), got {worst[1]} to {worst[0]}")
+        require(
+            worst[0] < self.config.vocab_size and worst[1] >= 0,
+            f"prompt tokens must be in [0, {self.config.vocab_size}), got {worst[1]} to {worst[0]}",
+        )
         graphdef, params = nnx.split(self)
         sampling = Sampling(float(temperature), top_k, float(top_p))
         size = self.config.block_size
@@ -416,23 +512,42 @@ class GPT(nnx.Module):
                 T = min(slots, round_up(max(map(len, context)), 64))
                 tokens = np.zeros((len(rows), T), np.int32)
                 for row, c in zip(tokens, context):
-                    row[:len(c)] = c
-                cache, token = prefill(graphdef, params, tokens, np.array(list(map(len, context))),
-                                       np.array(list(map(len, rows))), seeds, sampling, slots)
+                    row[: len(c)] = c
+                cache, token = prefill(
+                    graphdef,
+                    params,
+                    tokens,
+                    np.array(list(map(len, context))),
+                    np.array(list(map(len, rows))),
+                    seeds,
+                    sampling,
+                    slots,
+                )
                 new = np.asarray(token)[:, None]
             else:
                 # A step reads the last token of each row and samples the next: a row has room while it is not past its window.
                 room = min(start + size - len(row) for start, row in zip(starts, rows)) + 1
                 steps = min(burst, max_new_tokens - made, room)
                 positions = np.array(list(map(len, rows)))
-                cache, token, new, steps = decode(graphdef, params, cache, token, positions, seeds, done, steps,
-                                                  sampling, stop_token, burst)
-                new = np.asarray(new)[:, :int(steps)]
+                cache, token, new, steps = decode(
+                    graphdef,
+                    params,
+                    cache,
+                    token,
+                    positions,
+                    seeds,
+                    done,
+                    steps,
+                    sampling,
+                    stop_token,
+                    burst,
+                )
+                new = np.asarray(new)[:, : int(steps)]
             fresh = []
             for b, row in enumerate(rows):
                 taken = new[b].tolist()
                 if stop_token in taken:
-                    taken = taken[:taken.index(stop_token) + 1]
+                    taken = taken[: taken.index(stop_token) + 1]
                 fresh.append([] if done[b] else taken)
                 row += new[b].tolist()
                 done[b] |= stop_token in taken
@@ -492,7 +607,19 @@ def prefill(graphdef, params, tokens, lengths, positions, seeds, sampling: Sampl
 
 
 @partial(jax.jit, static_argnums=(0, 8, 9, 10), donate_argnums=(2,))
-def decode(graphdef, params, cache, token, positions, seeds, done, steps, sampling: Sampling, stop_token: int | None, burst: int):
+def decode(
+    graphdef,
+    params,
+    cache,
+    token,
+    positions,
+    seeds,
+    done,
+    steps,
+    sampling: Sampling,
+    stop_token: int | None,
+    burst: int,
+):
     """Up to `steps` <= burst decoding steps in one device loop, fewer once every row is done. `cache` is donated.
 
     token, positions (B,): each row's last token and how many tokens it has. Returns cache, token, new tokens (B, burst), steps."""

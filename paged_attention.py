@@ -8,6 +8,7 @@ padding tokens, the unused tail of a block table points at it, and nothing read 
 The same bits: what a row gets depends on its own query and its own tokens: not on its neighbours, nor on where
 its pages lie, on the width M of the table, or on what free pages hold, NaN included.
 """
+
 import dataclasses
 import math
 from functools import partial
@@ -19,21 +20,33 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 
-@partial(jax.tree_util.register_dataclass, meta_fields=["attention"],
-         data_fields=["k_pages", "v_pages", "block_tables", "context_lens", "new_lens"])
+@partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=["attention"],
+    data_fields=["k_pages", "v_pages", "block_tables", "context_lens", "new_lens"],
+)
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
     """Keys and values in pages, with the dense KVCache's interface. The pool outlives the batch, which is the
     next three fields; donate the pool to the jitted step and it is updated in place."""
-    k_pages: jax.Array       # (L, N, H, P, D) float32, bfloat16, or bfloat16's bits as uint16 (see create)
-    v_pages: jax.Array       # (L, N, H, P, D)
-    block_tables: jax.Array  # (B, M) int32, physical page of each logical page; 0, the null page, where unused
+
+    k_pages: (
+        jax.Array
+    )  # (L, N, H, P, D) float32, bfloat16, or bfloat16's bits as uint16 (see create)
+    v_pages: jax.Array  # (L, N, H, P, D)
+    block_tables: (
+        jax.Array
+    )  # (B, M) int32, physical page of each logical page; 0, the null page, where unused
     context_lens: jax.Array  # (B,) int32, tokens in the pages before this call
-    new_lens: jax.Array      # (B,) int32, how many of this call's T tokens are real; 0 for a padding row
-    attention: str           # implementation, a key of IMPLEMENTATIONS
+    new_lens: (
+        jax.Array
+    )  # (B,) int32, how many of this call's T tokens are real; 0 for a padding row
+    attention: str  # implementation, a key of IMPLEMENTATIONS
 
     @classmethod
-    def create(cls, config, num_pages: int, page_size: int, dtype="float32", attention: str | None = None):
+    def create(
+        cls, config, num_pages: int, page_size: int, dtype="float32", attention: str | None = None
+    ):
         """An empty pool for a GPTConfig, with a batch of no rows. attention=None: default_implementation().
 
         On CPU a bfloat16 pool is kept as uint16: XLA there (jax 0.10) converts the whole array to float32 and
@@ -42,12 +55,16 @@ class PagedKVCache:
         if attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention={attention}: there are {', '.join(IMPLEMENTATIONS)}")
         if num_pages < 2:
-            raise ValueError(f"num_pages={num_pages}: page 0 is the null page, so at least 2 are needed")
+            raise ValueError(
+                f"num_pages={num_pages}: page 0 is the null page, so at least 2 are needed"
+            )
         if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
             dtype = jnp.uint16
         none = jnp.zeros(0, jnp.int32)
         shape = pool_shape(config, num_pages, page_size, attention)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), none[None], none, none, attention)
+        return cls(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), none[None], none, none, attention
+        )
 
     def positions(self, T: int) -> jax.Array:
         """(B, T) int32 absolute positions of the next T tokens; those of padding tokens mean nothing."""
@@ -64,19 +81,36 @@ class PagedKVCache:
         L, N, pool_H, P, pool_D = self.k_pages.shape
         pos = self.positions(T)  # (B, T)
         page = jnp.take_along_axis(self.block_tables, pos // P, axis=1, mode="clip")
-        page = jnp.where(jnp.arange(T) < self.new_lens[:, None], page, 0)  # padding writes to the null page
+        page = jnp.where(
+            jnp.arange(T) < self.new_lens[:, None], page, 0
+        )  # padding writes to the null page
         # One flat row per head: indices into some of the five axes make XLA copy the pool, on TPU to lay it out for
         # them, on CPU when there is one token.
-        at = ((layer * N + page[..., None]) * pool_H + jnp.arange(pool_H)) * P + (pos % P)[..., None]  # (B, T, H)
-        k_pages, v_pages = [pages.reshape(-1, pool_D).at[at].set(pack(x, pages)).reshape(pages.shape)
-                            for pages, x in ((self.k_pages, k), (self.v_pages, v))]
-        y = paged_attention(q, k_pages, v_pages, self.block_tables, self.context_lens, self.new_lens,
-                            layer=layer, scale=D**-0.5, implementation=self.attention)
+        at = ((layer * N + page[..., None]) * pool_H + jnp.arange(pool_H)) * P + (pos % P)[
+            ..., None
+        ]  # (B, T, H)
+        k_pages, v_pages = [
+            pages.reshape(-1, pool_D).at[at].set(pack(x, pages)).reshape(pages.shape)
+            for pages, x in ((self.k_pages, k), (self.v_pages, v))
+        ]
+        y = paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            self.block_tables,
+            self.context_lens,
+            self.new_lens,
+            layer=layer,
+            scale=D**-0.5,
+            implementation=self.attention,
+        )
         return y, dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def advance(self, T: int):
         """After the last layer: each row holds its new_lens (at most T) tokens more."""
-        return dataclasses.replace(self, context_lens=self.context_lens + jnp.minimum(self.new_lens, T))
+        return dataclasses.replace(
+            self, context_lens=self.context_lens + jnp.minimum(self.new_lens, T)
+        )
 
 
 def pool_shape(config, num_pages: int, page_size: int, attention: str) -> tuple[int, ...]:
@@ -108,7 +142,9 @@ def to_dtype(x, dtype):
 
 def to_float32(x):
     """The numbers in a part of a pool."""
-    return (jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x).astype(jnp.float32)
+    return (jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x).astype(
+        jnp.float32
+    )
 
 
 def num_pages_for(config, page_size: int, dtype, budget: int, attention: str | None = None) -> int:
@@ -116,13 +152,25 @@ def num_pages_for(config, page_size: int, dtype, budget: int, attention: str | N
     shape = pool_shape(config, 1, page_size, attention or default_implementation())
     page = 2 * math.prod(shape) * jnp.dtype(dtype).itemsize
     if budget < 2 * page:
-        raise ValueError(f"a KV cache of {budget} bytes holds {budget // page} pages of {page} bytes, and at least "
-                         "2 are needed (one is the null page): give it more memory or a smaller page")
+        raise ValueError(
+            f"a KV cache of {budget} bytes holds {budget // page} pages of {page} bytes, and at least "
+            "2 are needed (one is the null page): give it more memory or a smaller page"
+        )
     return budget // page
 
 
-def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *, layer, scale: float,
-                    implementation: str) -> jax.Array:
+def paged_attention(
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    context_lens,
+    new_lens,
+    *,
+    layer,
+    scale: float,
+    implementation: str,
+) -> jax.Array:
     """Causal attention of each row's new tokens over its own pages, which hold them already.
 
     q (B, T, H, D), any T; k_pages, v_pages (L, N, H, P, D), the heads arranged as pool_shape says; block_tables
@@ -130,8 +178,16 @@ def paged_attention(q, k_pages, v_pages, block_tables, context_lens, new_lens, *
     position context_lens[b] + t and sees every position up to its own. Returns (B, T, H, D) float32, zero where
     t >= new_lens[b].
     """
-    return IMPLEMENTATIONS[implementation](q, k_pages, v_pages, block_tables, context_lens, new_lens,
-                                           jnp.asarray(layer, jnp.int32), scale)
+    return IMPLEMENTATIONS[implementation](
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        context_lens,
+        new_lens,
+        jnp.asarray(layer, jnp.int32),
+        scale,
+    )
 
 
 def dot(subscripts, a, b):
@@ -153,8 +209,10 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
     B, T, H, D = q.shape
     L, N, H, P, D = k_pages.shape
     G = max(1, 32 // P)  # pages at a time; 48 positions and 16 took longer on a CPU
-    R = 2 - B % 2        # rows at a time; 1 took longer for rows of equal length, more for others
-    k_pages, v_pages = [pages.reshape(L * N * H, P * D) for pages in (k_pages, v_pages)]  # not a slice of a layer
+    R = 2 - B % 2  # rows at a time; 1 took longer for rows of equal length, more for others
+    k_pages, v_pages = [
+        pages.reshape(L * N * H, P * D) for pages in (k_pages, v_pages)
+    ]  # not a slice of a layer
     length = visible(T, context_lens, new_lens)  # (B, T)
     order = jnp.argsort(length.max(1), descending=True)
     tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % G)))[order] + layer * N
@@ -167,7 +225,10 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
         rows = partial(jax.lax.dynamic_slice_in_dim, start_index=j * R, slice_size=R)
         pages = jax.lax.dynamic_slice_in_dim(rows(tables), i * G, G, axis=1)
         at = pages[:, None] * H + jnp.arange(H)[:, None]  # (R, H, G)
-        k, v = [to_float32(pool.at[at].get(mode="promise_in_bounds")).reshape(R, H, G * P, D) for pool in (k_pages, v_pages)]
+        k, v = [
+            to_float32(pool.at[at].get(mode="promise_in_bounds")).reshape(R, H, G * P, D)
+            for pool in (k_pages, v_pages)
+        ]
         seen = i * G * P + position < rows(length)  # (R, 1, T, G P)
         v = jnp.where(seen.any(2)[..., None], v, 0)  # 0 * NaN is NaN
         s = jnp.where(seen, dot("bhtd,bhpd->bhtp", rows(q), k), -jnp.inf)
@@ -175,12 +236,21 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
         m_new = jnp.maximum(m, s.max(-1, keepdims=True))
         a, p = jnp.exp(m - m_new), jnp.exp(s - m_new)
         new = m_new, l * a + p, y * a + dot("bhtp,bhpd->bhtd", p, v)
-        return tuple(jax.lax.dynamic_update_slice_in_dim(old, part, j * R, axis=0) for old, part in zip(state, new))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, part, j * R, axis=0)
+            for old, part in zip(state, new)
+        )
 
     def reach(i, state):
-        return jax.lax.fori_loop(0, pl.cdiv((longest > i * G * P).sum(), R), partial(step, i), state)
+        return jax.lax.fori_loop(
+            0, pl.cdiv((longest > i * G * P).sum(), R), partial(step, i), state
+        )
 
-    start = jnp.full((B, H, T, 1), -1e30), jnp.zeros((B, H, T, G * P)), jnp.zeros((B, H, T, D))  # m, l, y
+    start = (
+        jnp.full((B, H, T, 1), -1e30),
+        jnp.zeros((B, H, T, G * P)),
+        jnp.zeros((B, H, T, D)),
+    )  # m, l, y
     _, l, y = jax.lax.fori_loop(0, pl.cdiv(longest[0], G * P), reach, start)
     l = sum(l[..., p] for p in range(G * P))
     y = y / jnp.where(l == 0, 1, l)[..., None]
@@ -193,8 +263,8 @@ def reference(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, 
 # decode step is bound by reading pages, which needs nothing of what Mosaic GPU adds (pipelines of TMA and wgmma
 # written by hand). A Mosaic GPU kernel, when it pays for its lines, is one more entry of IMPLEMENTATIONS.
 SPLIT = 256  # positions per program of the decode kernel
-TILE = 64    # positions per step of a program
-WARPS = 4    # per program
+TILE = 64  # positions per step of a program
+WARPS = 4  # per program
 
 
 def load_head(pages_ref, tables_ref, layer, b, h, pos, keep, d):
@@ -212,16 +282,19 @@ def merge(state, m, l, acc):
     return m_new, state[1] * a + l * b, state[2] * a[..., None] + acc * b[..., None]
 
 
-def decode_kernel(layer_ref,    # (1,) int32
-                  tables_ref,   # (B, M) int32
-                  lengths_ref,  # (B,) int32, positions to attend to
-                  q_ref,        # (B, H, D)
-                  k_ref,        # (L, N, H, P, D) this and all others stay in global memory
-                  v_ref,        # (L, N, H, P, D)
-                  m_ref,        # (B, H, splits) float32 out: maximum score of the split
-                  l_ref,        # (B, H, splits) float32 out: sum of weights
-                  acc_ref,      # (B, H, splits, D) float32 out: sum of weighted values
-                  *, scale: float):
+def decode_kernel(
+    layer_ref,  # (1,) int32
+    tables_ref,  # (B, M) int32
+    lengths_ref,  # (B,) int32, positions to attend to
+    q_ref,  # (B, H, D)
+    k_ref,  # (L, N, H, P, D) this and all others stay in global memory
+    v_ref,  # (L, N, H, P, D)
+    m_ref,  # (B, H, splits) float32 out: maximum score of the split
+    l_ref,  # (B, H, splits) float32 out: sum of weights
+    acc_ref,  # (B, H, splits, D) float32 out: sum of weighted values
+    *,
+    scale: float,
+):
     """Flash-decoding (Dao et al. 2023): one program for one row, head and split of SPLIT positions. There is one
     query per head, so the products are sums over a tile: a tensor-core dot would pad the query to 16 rows."""
     b, h, split = [pl.program_id(i) for i in range(3)]
@@ -232,8 +305,10 @@ def decode_kernel(layer_ref,    # (1,) int32
     def tile(i, state):
         pos = start + i * TILE + jnp.arange(TILE)
         seen = pos < length
-        k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, seen, d).astype(jnp.float32)
-                for ref in (k_ref, v_ref)]  # (TILE, d)
+        k, v = [
+            load_head(ref, tables_ref, layer_ref[0], b, h, pos, seen, d).astype(jnp.float32)
+            for ref in (k_ref, v_ref)
+        ]  # (TILE, d)
         s = jnp.where(seen, jnp.sum(q[None] * k, axis=1), -jnp.inf)
         p = jnp.exp(s - jnp.max(s))
         return merge(state, jnp.max(s), jnp.sum(p), jnp.sum(p[:, None] * v, axis=0))
@@ -262,7 +337,9 @@ def merge_kernel(lengths_ref, m_ref, l_ref, acc_ref, y_ref):
     plgpu.store(y_ref.at[b, h, d], acc / jnp.where(l == 0, 1, l), mask=d < D)
 
 
-def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_ref, *, tile_size, scale):
+def prefill_kernel(
+    layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_ref, *, tile_size, scale
+):
     """FlashAttention-2 (Dao 2023): one program for one row, head and `tile_size` query tokens, over all their
     positions. Products are of the pool's dtype. lengths_ref (B, T) int32: positions each token attends to; q_ref,
     y_ref (B, T, H, D); the others: decode_kernel."""
@@ -276,7 +353,10 @@ def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_re
 
     def tile(i, state):
         pos = i * tile_size + jnp.arange(tile_size)
-        k, v = [load_head(ref, tables_ref, layer_ref[0], b, h, pos, pos < stop, d) for ref in (k_ref, v_ref)]
+        k, v = [
+            load_head(ref, tables_ref, layer_ref[0], b, h, pos, pos < stop, d)
+            for ref in (k_ref, v_ref)
+        ]
         s = dot("td,pd->tp", q, k) * scale
         s = jnp.where(pos[None] < length[:, None], s, -jnp.inf)  # (tokens, positions)
         m = jnp.maximum(jnp.max(s, axis=1), -1e30)
@@ -285,10 +365,14 @@ def prefill_kernel(layer_ref, tables_ref, lengths_ref, q_ref, k_ref, v_ref, y_re
 
     empty = jnp.full(t.shape, -1e30), jnp.zeros(t.shape), jnp.zeros(inside.shape)
     _, l, acc = jax.lax.fori_loop(0, pl.cdiv(stop, tile_size), tile, empty)
-    plgpu.store(y_ref.at[b, t[:, None], h, d[None]], acc / jnp.where(l == 0, 1, l)[:, None], mask=inside)
+    plgpu.store(
+        y_ref.at[b, t[:, None], h, d[None]], acc / jnp.where(l == 0, 1, l)[:, None], mask=inside
+    )
 
 
-def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
+def triton(
+    q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False
+):
     """The sums of a decode step break at multiples of SPLIT and TILE and merge in order."""
     B, T, H, D = q.shape
     layer, lengths = layer.reshape(1), visible(T, context_lens, new_lens)
@@ -298,34 +382,47 @@ def triton(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, sca
     if T > 1:
         # Tensor cores multiply bfloat16. Float32 products are unrolled: ptxas takes 20 s over tiles of 64.
         size = 64 if k_pages.dtype == jnp.bfloat16 else 16
-        return call(partial(prefill_kernel, tile_size=size, scale=scale), grid=(B, H, pl.cdiv(T, size)),
-                    out_shape=f32(q.shape))(layer, block_tables, lengths, q, k_pages, v_pages)
+        return call(
+            partial(prefill_kernel, tile_size=size, scale=scale),
+            grid=(B, H, pl.cdiv(T, size)),
+            out_shape=f32(q.shape),
+        )(layer, block_tables, lengths, q, k_pages, v_pages)
     splits = pl.cdiv(block_tables.shape[1] * k_pages.shape[3], SPLIT)
-    partials = call(partial(decode_kernel, scale=scale), grid=(B, H, splits),
-                    out_shape=[f32((B, H, splits)), f32((B, H, splits)), f32((B, H, splits, D))])(
-        layer, block_tables, lengths[:, 0], q[:, 0], k_pages, v_pages)
-    return call(merge_kernel, grid=(B, H), out_shape=f32((B, H, D)))(lengths[:, 0], *partials)[:, None]
+    partials = call(
+        partial(decode_kernel, scale=scale),
+        grid=(B, H, splits),
+        out_shape=[f32((B, H, splits)), f32((B, H, splits)), f32((B, H, splits, D))],
+    )(layer, block_tables, lengths[:, 0], q[:, 0], k_pages, v_pages)
+    return call(merge_kernel, grid=(B, H), out_shape=f32((B, H, D)))(lengths[:, 0], *partials)[
+        :, None
+    ]
 
 
 # --- TPU: Pallas, Mosaic ---------------------------------------------------------------------------------------
-def tpu_kernel(layer_ref,    # (1,) int32; this and the next three are prefetched into SMEM
-               tables_ref,   # (B, M) int32
-               context_ref,  # (B,) int32
-               new_ref,      # (B,) int32
-               q_ref,        # (1, H, R, D) R queries of one row of the batch, in VMEM; query r is token r // g
-               k_hbm,        # (L, N, H, P, D) left in HBM
-               v_hbm,        # (L, N, H, P, D) left in HBM
-               y_ref,        # (1, H, R, D) float32 out
-               k_buf,        # (2, H, S, D) VMEM: one half is filled while the other is read
-               v_buf,        # (2, H, S, D) VMEM
-               sems,         # (2, 2) DMA semaphores: keys or values, half
-               *, g: int, scale: float):
+def tpu_kernel(
+    layer_ref,  # (1,) int32; this and the next three are prefetched into SMEM
+    tables_ref,  # (B, M) int32
+    context_ref,  # (B,) int32
+    new_ref,  # (B,) int32
+    q_ref,  # (1, H, R, D) R queries of one row of the batch, in VMEM; query r is token r // g
+    k_hbm,  # (L, N, H, P, D) left in HBM
+    v_hbm,  # (L, N, H, P, D) left in HBM
+    y_ref,  # (1, H, R, D) float32 out
+    k_buf,  # (2, H, S, D) VMEM: one half is filled while the other is read
+    v_buf,  # (2, H, S, D) VMEM
+    sems,  # (2, 2) DMA semaphores: keys or values, half
+    *,
+    g: int,
+    scale: float,
+):
     """One program for one row and R queries, all heads. Pages are copied S positions ahead of their use."""
     b = pl.program_id(0)
     _, H, R, D = q_ref.shape
     S, P = k_buf.shape[2], k_hbm.shape[3]
     first, context, new = pl.program_id(1) * R, context_ref[b], new_ref[b]
-    token = partial(jax.lax.div, y=jnp.int32(g))  # of a query; `//` would not lower without the device
+    token = partial(
+        jax.lax.div, y=jnp.int32(g)
+    )  # of a query; `//` would not lower without the device
     stop = jnp.where(token(first) < new, context + jnp.minimum(token(first + R - 1) + 1, new), 0)
     steps = pl.cdiv(stop, S)
 
@@ -339,7 +436,11 @@ def tpu_kernel(layer_ref,    # (1,) int32; this and the next three are prefetche
             def _():
                 at = layer_ref[0], tables_ref[b, page]
                 for i, (hbm, buf) in enumerate([(k_hbm, k_buf), (v_hbm, v_buf)]):
-                    do(pltpu.make_async_copy(hbm.at[at], buf.at[half, :, pl.ds(j * P, P)], sems.at[i, half]))
+                    do(
+                        pltpu.make_async_copy(
+                            hbm.at[at], buf.at[half, :, pl.ds(j * P, P)], sems.at[i, half]
+                        )
+                    )
 
     def step(i, state):
         pl.when(i + 1 < steps)(lambda: copies(i + 1, lambda copy: copy.start()))
@@ -361,7 +462,9 @@ def tpu_kernel(layer_ref,    # (1,) int32; this and the next three are prefetche
     y_ref[0] = acc / jnp.where(l == 0, 1, l)[..., None]
 
 
-def mosaic_tpu(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False):
+def mosaic_tpu(
+    q, k_pages, v_pages, block_tables, context_lens, new_lens, layer, scale, interpret=False
+):
     """One kernel for any T. Where g heads lie side by side in the pool, each has its own query with zeros beside
     it: the MXU, 128 deep, multiplies by the zeros in the time it would have idled."""
     B, T, H, D = q.shape
@@ -371,18 +474,25 @@ def mosaic_tpu(q, k_pages, v_pages, block_tables, context_lens, new_lens, layer,
     q = q * jnp.eye(g, dtype=q.dtype)[..., None]  # (B, T, H / g, g, g, D)
     q = q.reshape(B, T, pool_H, g, g * D).swapaxes(1, 2).reshape(B, pool_H, T * g, g * D)
     R = min(128, pl.cdiv(T * g, 16) * 16)  # queries per program; a bfloat16 register has 16 rows
-    S = max(1, 128 // P) * P               # positions per step
+    S = max(1, 128 // P) * P  # positions per step
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -T * g % R), (0, pool_D - g * D)))
     queries = pl.BlockSpec((1, pool_H, R, pool_D), lambda b, i, *_: (b, 0, i, 0))
     pool = pl.BlockSpec(memory_space=pl.ANY)
     buffer = pltpu.VMEM((2, pool_H, S, pool_D), k_pages.dtype)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4, grid=(B, q.shape[2] // R), in_specs=[queries, pool, pool], out_specs=queries,
-        scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2, 2))])
-    y = pl.pallas_call(partial(tpu_kernel, g=g, scale=scale), grid_spec=grid, interpret=interpret,
-                       out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32))(
-        layer.reshape(1), block_tables, context_lens, new_lens, q, k_pages, v_pages)
-    y = y[:, :, :T * g, :g * D].reshape(B, pool_H, T, g, g, D)
+        num_scalar_prefetch=4,
+        grid=(B, q.shape[2] // R),
+        in_specs=[queries, pool, pool],
+        out_specs=queries,
+        scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2, 2))],
+    )
+    y = pl.pallas_call(
+        partial(tpu_kernel, g=g, scale=scale),
+        grid_spec=grid,
+        interpret=interpret,
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+    )(layer.reshape(1), block_tables, context_lens, new_lens, q, k_pages, v_pages)
+    y = y[:, :, : T * g, : g * D].reshape(B, pool_H, T, g, g, D)
     return jnp.einsum("bhtggd->bthgd", y).reshape(B, T, pool_H * g, D)[:, :, :H]
 
 

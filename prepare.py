@@ -21,7 +21,9 @@ from tqdm import tqdm
 from config import PrepareConfig, parse, require, user_errors
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OUTPUTS = {"train.bin", "val.bin", "meta.json"}
 CHUNK = 1 << 20  # characters
@@ -44,14 +46,19 @@ def main(config: PrepareConfig) -> None:
         else:
             source, files = text_files(config, scratch)
             tokenizer, splits = encode_files(files, config.tokenizer_name)
-        meta = tokenizer.meta() | write_splits(splits, new, tokenizer.vocab_size) | {"source": source}
+        meta = (
+            tokenizer.meta() | write_splits(splits, new, tokenizer.vocab_size) | {"source": source}
+        )
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         replace(out, new, scratch / "old")
-    print(f"{config.data_path}: vocabulary of {tokenizer.vocab_size:,} ({tokenizer.name}), "
-          f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate")
+    print(
+        f"{config.data_path}: vocabulary of {tokenizer.vocab_size:,} ({tokenizer.name}), "
+        f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate"
+    )
 
 
 # Where text comes from
+
 
 def text_files(config: PrepareConfig, scratch: Path) -> tuple[str, list[Path]]:
     """What a data set is made of: a line for meta.json, and UTF-8 files, the user's own or in scratch."""
@@ -78,7 +85,11 @@ def write_stdlib(file: Path) -> str:
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     with open(file, "wb") as f:
         for name in names:
-            f.write((library / f"{name}.py").read_text(encoding="utf-8").encode("ascii", "backslashreplace"))
+            f.write(
+                (library / f"{name}.py")
+                .read_text(encoding="utf-8")
+                .encode("ascii", "backslashreplace")
+            )
     return f"the {len(names)} top-level modules in the standard library of Python {platform.python_version()}"
 
 
@@ -87,18 +98,27 @@ def download(url: str, file: Path, sha256: str) -> None:
     import requests  # here, because only the names that download need it
 
     try:
-        with requests.get(url, stream=True, timeout=30) as response, open(file, "wb") as f:  # s, of silence
+        with (
+            requests.get(url, stream=True, timeout=30) as response,
+            open(file, "wb") as f,
+        ):  # s, of silence
             response.raise_for_status()
             size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(desc="download", total=size, unit="B", unit_scale=True, disable=None) as progress:
+            with tqdm(
+                desc="download", total=size, unit="B", unit_scale=True, disable=None
+            ) as progress:
                 for data in response.iter_content(1 << 16):
                     f.write(data)
                     progress.update(len(data))
     except requests.RequestException as e:
         reason = type(e).__name__ if e.response is None else f"HTTP status {e.response.status_code}"
-        raise ValueError(f"cannot download {url} ({reason}): pass your own copy with --input FILE") from e
-    require(hashlib.sha256(file.read_bytes()).hexdigest() == sha256,
-            f"{url} sent something other than Tiny Shakespeare: pass your own copy with --input FILE")
+        raise ValueError(
+            f"cannot download {url} ({reason}): pass your own copy with --input FILE"
+        ) from e
+    require(
+        hashlib.sha256(file.read_bytes()).hexdigest() == sha256,
+        f"{url} sent something other than Tiny Shakespeare: pass your own copy with --input FILE",
+    )
 
 
 def openwebtext(tokenizer: Tokenizer, num_proc: int) -> dict[str, Iterator[np.ndarray]]:
@@ -110,11 +130,18 @@ def openwebtext(tokenizer: Tokenizer, num_proc: int) -> dict[str, Iterator[np.nd
     try:
         pages = datasets.load_dataset("Skylion007/openwebtext", split="train", num_proc=num_proc)
     except OSError as e:  # no network included
-        raise ValueError(f"cannot load OpenWebText ({e}): pass your own copy with "
-                         "text --input FILE ... --out_dir=data/openwebtext") from e
+        raise ValueError(
+            f"cannot load OpenWebText ({e}): pass your own copy with "
+            "text --input FILE ... --out_dir=data/openwebtext"
+        ) from e
     splits = pages.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    splits = splits.map(encode_page, fn_kwargs={"tokenizer": tokenizer}, remove_columns=["text"],
-                        num_proc=num_proc, desc="encode")
+    splits = splits.map(
+        encode_page,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns=["text"],
+        num_proc=num_proc,
+        desc="encode",
+    )
     return {"train": shards(splits["train"]), "val": shards(splits["test"])}
 
 
@@ -131,6 +158,7 @@ def shards(pages: "datasets.Dataset") -> Iterator[np.ndarray]:
 
 # From text to tokens
 
+
 def encode_files(files: list[Path], tokenizer_name: str) -> tuple[Tokenizer, dict[str, Iterator]]:
     """The tokenizer for files, and the ids of their splits: the first 90% of the characters, and the rest.
 
@@ -143,20 +171,30 @@ def encode_files(files: list[Path], tokenizer_name: str) -> tuple[Tokenizer, dic
                 lengths[-1] += len(text)
                 chars.update(text)
         except UnicodeDecodeError as e:
-            raise ValueError(f"{file} is not UTF-8 (byte 0x{e.object[e.start]:02x}: {e.reason}): "
-                             "convert it first, with iconv for instance") from e
+            raise ValueError(
+                f"{file} is not UTF-8 (byte 0x{e.object[e.start]:02x}: {e.reason}): "
+                "convert it first, with iconv for instance"
+            ) from e
         require(lengths[-1] > 0, f"{file} is empty")
-    tokenizer = CharTokenizer("".join(sorted(chars))) if tokenizer_name == "char" else GPT2Tokenizer()
+    tokenizer = (
+        CharTokenizer("".join(sorted(chars))) if tokenizer_name == "char" else GPT2Tokenizer()
+    )
     total = sum(lengths)
     cut = int(0.9 * total)  # as nanoGPT has it
-    return tokenizer, {split: encode(tokenizer, list(zip(files, lengths)), first, last)
-                       for split, first, last in (("train", 0, cut), ("val", cut, total))}
+    return tokenizer, {
+        split: encode(tokenizer, list(zip(files, lengths)), first, last)
+        for split, first, last in (("train", 0, cut), ("val", cut, total))
+    }
 
 
-def encode(tokenizer: Tokenizer, files: list[tuple[Path, int]], first: int, last: int) -> Iterator[list[int]]:
+def encode(
+    tokenizer: Tokenizer, files: list[tuple[Path, int]], first: int, last: int
+) -> Iterator[list[int]]:
     """The ids of characters first ... last - 1 of files (path, length), which are laid end to end."""
     start = 0  # of the file, among all characters
-    with tqdm(desc="encode", total=last - first, unit="char", unit_scale=True, disable=None) as progress:
+    with tqdm(
+        desc="encode", total=last - first, unit="char", unit_scale=True, disable=None
+    ) as progress:
         for file, length in files:
             if first < start < last and tokenizer.eos_id is not None:
                 yield [tokenizer.eos_id]
@@ -172,7 +210,7 @@ def characters(file: Path, first: int = 0, last: float = math.inf) -> Iterator[s
     with open(file, encoding="utf-8-sig") as f:
         while position < last and (text := f.read(min(CHUNK, last - position))):
             if position + len(text) > first:
-                yield text[max(0, first - position):]
+                yield text[max(0, first - position) :]
             position += len(text)
 
 
@@ -189,12 +227,13 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
         rest += chunk
         if match := LAST_WORD.match(rest):
             yield match[0]
-            rest = rest[match.end():]
+            rest = rest[match.end() :]
     if rest:
         yield rest
 
 
 # Onto the disk
+
 
 def write_splits(splits: dict[str, Iterator], directory: Path, vocab_size: int) -> dict:
     """Write each split's ids to directory/SPLIT.bin. Returns what meta.json says about these files."""
@@ -208,8 +247,11 @@ def write_splits(splits: dict[str, Iterator], directory: Path, vocab_size: int) 
                 f.write(data)
                 digest.update(data)
                 tokens += len(ids)
-        require(tokens >= 2, f"the text is too short: the {split} split gets {tokens} of its tokens, "
-                             "and needs 2, to predict one from the other; use more text")
+        require(
+            tokens >= 2,
+            f"the text is too short: the {split} split gets {tokens} of its tokens, "
+            "and needs 2, to predict one from the other; use more text",
+        )
         meta |= {f"{split}_tokens": tokens, f"{split}_sha256": digest.hexdigest()}
     return meta
 
@@ -218,8 +260,11 @@ def require_replaceable(out: Path) -> None:
     """Raise ValueError if out has anything in it that replacing a data set would lose."""
     require(out.is_dir() or not out.exists(), f"{out} is a file: choose another --out_dir")
     others = {path.name for path in out.iterdir()} - OUTPUTS if out.exists() else ()
-    require(not others, f"{out} holds {', '.join(sorted(others)[:3])}, which a new data set would replace: "
-                        "choose another --out_dir")
+    require(
+        not others,
+        f"{out} holds {', '.join(sorted(others)[:3])}, which a new data set would replace: "
+        "choose another --out_dir",
+    )
 
 
 def replace(out: Path, new: Path, old: Path) -> None:

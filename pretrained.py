@@ -24,16 +24,29 @@ from tqdm import tqdm
 import tokenizer
 from config import GPTConfig, require
 
-HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB = {
+    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 # May differ from the checkpoint; block_size may only shrink, bias=False needs biases of zero.
 OVERRIDES = ("dropout", "block_size", "bias", "vocab_multiple", "dtype", "remat", "scan_unroll")
-SIZES = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
-         "n_embd": "n_embd"}
+SIZES = {
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
 # What GPTConfig cannot express, with the one value that it means.
-FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-         "tie_word_embeddings": True}
-BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which old transformers saved
+FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+BUFFER = re.compile(
+    r"h\.\d+\.attn\.(bias|masked_bias)"
+)  # causal masks, which old transformers saved
 
 
 class Stored(NamedTuple):
@@ -47,13 +60,19 @@ class Stored(NamedTuple):
     def read(self) -> np.ndarray:
         try:
             values = self.load()
-        except Exception as e:  # a file that shrank since it was opened, or one of torch's stranger tensors
+        except (
+            Exception
+        ) as e:  # a file that shrank since it was opened, or one of torch's stranger tensors
             raise ValueError(f"cannot read {self.name}: {first_line(e)}") from e
-        require(np.isfinite(values).all(), f"{self.name} holds NaN or infinity; the file is damaged")
+        require(
+            np.isfinite(values).all(), f"{self.name} holds NaN or infinity; the file is damaged"
+        )
         return values
 
 
-def read(name_or_dir: str | Path, *, put: Callable = np.asarray, **overrides) -> tuple[GPTConfig, dict]:
+def read(
+    name_or_dir: str | Path, *, put: Callable = np.asarray, **overrides
+) -> tuple[GPTConfig, dict]:
     """(config, params as GPT.params() has them: nested dict of float32, layers stacked, wte padded with
     zeros).
 
@@ -68,11 +87,15 @@ def read(name_or_dir: str | Path, *, put: Callable = np.asarray, **overrides) ->
     tensors = open_checkpoint(directory, stored)
     if "lm_head.weight" in tensors:
         tied = np.array_equal(tensors.pop("lm_head.weight").read(), tensors["wte.weight"].read())
-        require(tied, f"{directory}: lm_head.weight is not wte.weight; only a tied head is implemented")
+        require(
+            tied, f"{directory}: lm_head.weight is not wte.weight; only a tied head is implemented"
+        )
     params = {}
     # The largest first, while there is room: each array exists twice for the moment in which put copies it.
     names = {path: hf_names(path, stored.n_layer) for path in shapes(stored)}
-    largest_first = sorted(shapes(stored).items(), key=lambda item: -len(names[item[0]]) * math.prod(item[1]))
+    largest_first = sorted(
+        shapes(stored).items(), key=lambda item: -len(names[item[0]]) * math.prod(item[1])
+    )
     for path, shape in tqdm(largest_first, desc=f"reading {name_or_dir}", disable=None):
         rows = {"wte.embedding": config.padded_vocab_size, "wpe.embedding": config.block_size}
         array = stacked(tensors, names[path], (rows.get(path, shape[0]), *shape[1:]))
@@ -89,25 +112,34 @@ def stacked(tensors: dict[str, Stored], names: list[str], shape: tuple[int, ...]
     beyond the shape are left out, missing ones are zeros."""
     out = np.zeros((len(names), *shape), np.float32)
     for layer, name in zip(out, names):
-        values = tensors.pop(name).read()[:shape[0]]
-        layer[:len(values)] = values
+        values = tensors.pop(name).read()[: shape[0]]
+        layer[: len(values)] = values
     return out
 
 
 def fetch(name_or_dir: str | Path, *files: str) -> Path:
     """A local directory as it is; for a name of HUB its directory in the cache, with files downloaded."""
     if name_or_dir not in HUB:
-        require(Path(name_or_dir).is_dir(), f"there is no directory {name_or_dir}; the models that can be "
-                f"downloaded are {', '.join(HUB)}")
+        require(
+            Path(name_or_dir).is_dir(),
+            f"there is no directory {name_or_dir}; the models that can be "
+            f"downloaded are {', '.join(HUB)}",
+        )
         return Path(name_or_dir)
     import huggingface_hub as hub  # here, because a local directory does not need it
 
     for file in files:
         try:
-            path = hub.hf_hub_download(HUB[name_or_dir], file)  # by way of the cache; shows its own progress
-        except Exception as e:  # whatever the client and the libraries under it raise, there is no model
-            raise ValueError(f"cannot get {file} of {HUB[name_or_dir]} from {hub.constants.ENDPOINT} or the "
-                             f"cache: {first_line(e)} ({type(e).__name__}); a directory needs none") from e
+            path = hub.hf_hub_download(
+                HUB[name_or_dir], file
+            )  # by way of the cache; shows its own progress
+        except (
+            Exception
+        ) as e:  # whatever the client and the libraries under it raise, there is no model
+            raise ValueError(
+                f"cannot get {file} of {HUB[name_or_dir]} from {hub.constants.ENDPOINT} or the "
+                f"cache: {first_line(e)} ({type(e).__name__}); a directory needs none"
+            ) from e
     return Path(path).parent
 
 
@@ -126,14 +158,28 @@ def read_config(path: Path) -> GPTConfig:
         require(hf[key] == value, f"{path}: {key}={hf[key]!r} is not implemented, only {value!r}")
     sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
     for ours, n in sizes.items():
-        require(type(n) is int and n > 0, f"{path}: {SIZES[ours]}={n!r} must be a whole number of at least 1")
+        require(
+            type(n) is int and n > 0,
+            f"{path}: {SIZES[ours]}={n!r} must be a whole number of at least 1",
+        )
     inner, wide = hf.get("n_inner"), 4 * sizes["n_embd"]
-    require(inner in (None, wide), f"{path}: n_inner={inner!r} is not implemented, only 4 n_embd = {wide}")
-    activation, epsilon = hf.get("activation_function", "gelu_new"), hf.get("layer_norm_epsilon", 1e-5)
-    require(activation in ACTIVATIONS, f"{path}: activation_function={activation!r} is not implemented, only "
-            f"{', '.join(ACTIVATIONS)}")
-    require(type(epsilon) is float and 0 < epsilon < 1, f"{path}: layer_norm_epsilon={epsilon!r} is not in "
-            "(0, 1)")
+    require(
+        inner in (None, wide),
+        f"{path}: n_inner={inner!r} is not implemented, only 4 n_embd = {wide}",
+    )
+    activation, epsilon = (
+        hf.get("activation_function", "gelu_new"),
+        hf.get("layer_norm_epsilon", 1e-5),
+    )
+    require(
+        activation in ACTIVATIONS,
+        f"{path}: activation_function={activation!r} is not implemented, only "
+        f"{', '.join(ACTIVATIONS)}",
+    )
+    require(
+        type(epsilon) is float and 0 < epsilon < 1,
+        f"{path}: layer_norm_epsilon={epsilon!r} is not in (0, 1)",
+    )
     return GPTConfig(**sizes, activation=activation, layer_norm_epsilon=epsilon)
 
 
@@ -142,10 +188,16 @@ def overridden(stored: GPTConfig, overrides: dict) -> GPTConfig:
     config = dataclasses.replace(stored, **overrides)
     for name, value in overrides.items():
         was = getattr(stored, name)
-        require(name in OVERRIDES or value == was, f"{name}={value}, but the checkpoint has {name}={was}; "
-                f"only {', '.join(OVERRIDES)} can be chosen")
-    require(config.block_size <= stored.block_size, f"block_size={config.block_size}, but the checkpoint has "
-            f"only {stored.block_size} positions: it can be made shorter, not longer")
+        require(
+            name in OVERRIDES or value == was,
+            f"{name}={value}, but the checkpoint has {name}={was}; "
+            f"only {', '.join(OVERRIDES)} can be chosen",
+        )
+    require(
+        config.block_size <= stored.block_size,
+        f"block_size={config.block_size}, but the checkpoint has "
+        f"only {stored.block_size} positions: it can be made shorter, not longer",
+    )
     return config
 
 
@@ -155,8 +207,12 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     out = {"wte.embedding": (config.vocab_size, C), "wpe.embedding": (config.block_size, C)}
     for norm in ("h.ln_1", "h.ln_2", "ln_f"):
         out |= {f"{norm}.scale": (C,), f"{norm}.bias": (C,)}
-    for linear, kernel in {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
-                           "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}.items():
+    for linear, kernel in {
+        "attn.c_attn": (C, 3 * C),
+        "attn.c_proj": (C, C),
+        "mlp.c_fc": (C, 4 * C),
+        "mlp.c_proj": (4 * C, C),
+    }.items():
         out |= {f"h.{linear}.kernel": kernel, f"h.{linear}.bias": kernel[1:]}
     return out
 
@@ -179,13 +235,18 @@ def nested(flat: dict) -> dict:
 def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
     """The tensors by name, without "transformer." and without buffers: exactly those that config asks for, of
     the right shape and dtype, and lm_head.weight where there is one."""
-    for file, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
+    for file, open_file in (
+        ("model.safetensors", open_safetensors),
+        ("pytorch_model.bin", open_torch),
+    ):
         index = directory / f"{file}.index.json"
         if (directory / file).is_file() or index.is_file():
             files = [directory / file] if (directory / file).is_file() else shards(index)
             break
     else:
-        raise ValueError(f"{directory} has neither model.safetensors nor pytorch_model.bin, whole or as shards")
+        raise ValueError(
+            f"{directory} has neither model.safetensors nor pytorch_model.bin, whole or as shards"
+        )
     tensors = {}
     for path in files:
         for name, tensor in open_file(path).items():
@@ -194,19 +255,38 @@ def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
                 require(name not in tensors, f"{path}: {listed([name])} is there twice")
                 tensors[name] = tensor
     misfit = f"{directory} is not the GPT-2 that its config.json describes"
-    require(config.n_layer <= len(tensors), f"{misfit}: n_layer={config.n_layer}, but there are only "
-            f"{len(tensors)} tensors")  # before so many names are made
-    want = {name: shape for path, shape in shapes(config).items() for name in hf_names(path, config.n_layer)}
+    require(
+        config.n_layer <= len(tensors),
+        f"{misfit}: n_layer={config.n_layer}, but there are only {len(tensors)} tensors",
+    )  # before so many names are made
+    want = {
+        name: shape
+        for path, shape in shapes(config).items()
+        for name in hf_names(path, config.n_layer)
+    }
     missing, unexpected = want.keys() - tensors.keys(), tensors.keys() - {*want, "lm_head.weight"}
-    require(not missing and not unexpected,
-            f"{misfit}: missing {listed(missing)}; unexpected {listed(unexpected)}")
+    require(
+        not missing and not unexpected,
+        f"{misfit}: missing {listed(missing)}; unexpected {listed(unexpected)}",
+    )
     want["lm_head.weight"] = want["wte.weight"]
-    wrong = [f"{name} is {t.shape}, not {want[name]}" for name, t in tensors.items() if t.shape != want[name]]
+    wrong = [
+        f"{name} is {t.shape}, not {want[name]}"
+        for name, t in tensors.items()
+        if t.shape != want[name]
+    ]
     require(not wrong, f"{misfit}: {listed(wrong)}")
-    wrong = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in ("F32", "F16", "BF16")]
+    wrong = [
+        f"{name} is {t.dtype}"
+        for name, t in tensors.items()
+        if t.dtype not in ("F32", "F16", "BF16")
+    ]
     require(not wrong, f"{directory}: weights must be F32, F16 or BF16, but {listed(wrong)}")
     least, size = 2 * config.num_params(), sum(path.stat().st_size for path in files)
-    require(least <= size, f"{directory}: the weights take at least {least} bytes, but the files have {size}")
+    require(
+        least <= size,
+        f"{directory}: the weights take at least {least} bytes, but the files have {size}",
+    )
     return tensors
 
 
@@ -226,13 +306,17 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(path, "numpy", backend="pread")  # mapped pages would count as a second copy
+        file = safe_open(
+            path, "numpy", backend="pread"
+        )  # mapped pages would count as a second copy
         slices = {name: file.get_slice(name) for name in file.keys()}
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is truncated or no safetensors file: {first_line(e)}") from e
     load = lambda name: partial(file.get_tensor, name)
-    return {name: Stored(f"{name} in {path}", tuple(s.get_shape()), s.get_dtype(), load(name))
-            for name, s in slices.items()}
+    return {
+        name: Stored(f"{name} in {path}", tuple(s.get_shape()), s.get_dtype(), load(name))
+        for name, s in slices.items()
+    }
 
 
 def open_torch(path: Path) -> dict[str, Stored]:
@@ -242,19 +326,32 @@ def open_torch(path: Path) -> dict[str, Stored]:
     try:
         if zipfile.is_zipfile(path):  # files older than torch 1.6 are not
             size = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist())
-            require(size <= path.stat().st_size, f"it would unpack to {size} bytes, and torch packs nothing")
+            require(
+                size <= path.stat().st_size,
+                f"it would unpack to {size} bytes, and torch packs nothing",
+            )
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         require(isinstance(tensors, dict), f"it is a {type(tensors).__name__}")
         for name, t in tensors.items():
-            require(type(name) is str and type(t) in (torch.Tensor, torch.nn.Parameter),
-                    f"{name} is a {type(t).__name__}")
+            require(
+                type(name) is str and type(t) in (torch.Tensor, torch.nn.Parameter),
+                f"{name} is a {type(t).__name__}",
+            )
     except Exception as e:  # a hostile file can raise anything in an unpickler
-        raise ValueError(f"{path} is truncated or holds something else than tensors by name, none of it was run: "
-                         f"{first_line(e)}") from e
+        raise ValueError(
+            f"{path} is truncated or holds something else than tensors by name, none of it was run: "
+            f"{first_line(e)}"
+        ) from e
     dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    load = lambda t: lambda: t.detach().float().numpy()  # float, because numpy does not know torch's bfloat16
-    return {name: Stored(f"{name} in {path}", tuple(t.shape), dtypes.get(t.dtype, str(t.dtype)), load(t))
-            for name, t in tensors.items()}
+    load = lambda t: (
+        lambda: t.detach().float().numpy()
+    )  # float, because numpy does not know torch's bfloat16
+    return {
+        name: Stored(
+            f"{name} in {path}", tuple(t.shape), dtypes.get(t.dtype, str(t.dtype)), load(t)
+        )
+        for name, t in tensors.items()
+    }
 
 
 def load_json(path: Path) -> dict:
@@ -297,17 +394,32 @@ def write(directory: str | Path, config: GPTConfig, params: dict, tok: tokenizer
             array = np.zeros((len(names), *shape), np.float32)
         else:
             array = np.asarray(reduce(operator.getitem, path.split("."), params))
-            array = np.ascontiguousarray(array if path.startswith("h.") else array[None, :shape[0]])
-        assert array.shape == (len(names), *shape) and array.dtype == np.float32, f"{path} is {array.dtype}"
+            array = np.ascontiguousarray(
+                array if path.startswith("h.") else array[None, : shape[0]]
+            )
+        assert array.shape == (len(names), *shape) and array.dtype == np.float32, (
+            f"{path} is {array.dtype}"
+        )
         tensors |= {f"transformer.{name}": row for name, row in zip(names, array)}
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    special = {"bos_token_id": tok.eos_id, "eos_token_id": tok.eos_id}  # also null: the default is 50256
-    hf = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "float32",
-          **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()}, "n_inner": None, **FIXED,
-          "activation_function": config.activation, "layer_norm_epsilon": config.layer_norm_epsilon,
-          **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout), **special}
+    special = {
+        "bos_token_id": tok.eos_id,
+        "eos_token_id": tok.eos_id,
+    }  # also null: the default is 50256
+    hf = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "torch_dtype": "float32",
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        "n_inner": None,
+        **FIXED,
+        "activation_function": config.activation,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        **special,
+    }
     save_json(temporary / "config.json", hf)
     save_json(temporary / "generation_config.json", special)
     write_tokenizer(temporary, tok, config.block_size)
@@ -321,8 +433,11 @@ def write_tokenizer(directory: Path, tok: tokenizer.Tokenizer, block_size: int) 
     refuses."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-                "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
     if isinstance(tok, tokenizer.CharTokenizer):
         hf = Tokenizer(models.BPE(tok.ids, []))  # no merges: each character is a token
         hf.decoder = decoders.Fuse()  # characters are joined without spaces
@@ -334,13 +449,19 @@ def write_tokenizer(directory: Path, tok: tokenizer.Tokenizer, block_size: int) 
         merges = [tuple(map(text, merged_from(token, ranks))) for token in ranks if len(token) > 1]
         vocab = {text(token): i for token, i in ranks.items()} | {"<|endoftext|>": tok.eos_id}
         hf = Tokenizer(models.BPE(vocab, merges))
-        hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        hf.pre_tokenizer, hf.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         hf.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
         settings["tokenizer_class"] = "GPT2Tokenizer"
     else:
         hf = Tokenizer.from_str(tok.json)
     if tok.eos_id is not None:
-        settings |= {"bos_token": hf.id_to_token(tok.eos_id), "eos_token": hf.id_to_token(tok.eos_id)}
+        settings |= {
+            "bos_token": hf.id_to_token(tok.eos_id),
+            "eos_token": hf.id_to_token(tok.eos_id),
+        }
     hf.save(str(directory / "tokenizer.json"))
     hf.model.save(str(directory))
     save_json(directory / "tokenizer_config.json", settings)
@@ -351,7 +472,7 @@ def merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 

@@ -33,7 +33,9 @@ class GenerationRequest(Form):
     model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0, description="default 16; of a chat, what the context has room for")
+    max_tokens: int | None = Field(
+        None, ge=0, description="default 16; of a chat, what the context has room for"
+    )
     min_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=1)
@@ -43,17 +45,22 @@ class GenerationRequest(Form):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[TokenIdKey, float] | None = None
-    seed: int | None = Field(None, ge=-2**63, le=2**63 - 1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopString | list[StopString] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1)
-    return_token_ids: bool | None = Field(None, description="also give token_ids, the prompt's among them if echo")
+    return_token_ids: bool | None = Field(
+        None, description="also give token_ids, the prompt's among them if echo"
+    )
 
     def given(self) -> dict:
         """The fields of SamplingParams that are not left out."""
-        fields = {f.name: value for f in dataclasses.fields(SamplingParams)
-                  if (value := getattr(self, f.name, None)) is not None}
+        fields = {
+            f.name: value
+            for f in dataclasses.fields(SamplingParams)
+            if (value := getattr(self, f.name, None)) is not None
+        }
         stop = fields.pop("stop", ())
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         return fields | {"stop_token_ids": tuple(self.stop_token_ids or ())}
@@ -84,7 +91,11 @@ class Message(Form):
 
     def plain(self) -> dict[str, str]:
         """As chat templates expect it."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        content = (
+            self.content
+            if isinstance(self.content, str)
+            else "\n".join(part.text for part in self.content)
+        )
         return {"role": self.role, "content": content}
 
 
@@ -93,16 +104,24 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=0, description="another name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Logprob | None = Field(None, description="only with logprobs")
-    add_generation_prompt: bool | None = Field(None, description="default true: the prompt ends as an assistant's turn begins")
+    add_generation_prompt: bool | None = Field(
+        None, description="default true: the prompt ends as an assistant's turn begins"
+    )
 
     def sampling_params(self, room: int) -> SamplingParams:
         """room: max_tokens, if nothing else is asked for. Raises ValueError where fields do not go together."""
         given = {"max_tokens": room} | self.given()
         if self.max_completion_tokens is not None:
-            require(self.max_tokens is None, f"max_completion_tokens={self.max_completion_tokens} and "
-                    f"max_tokens={self.max_tokens} are one parameter: give one of them")
+            require(
+                self.max_tokens is None,
+                f"max_completion_tokens={self.max_completion_tokens} and "
+                f"max_tokens={self.max_tokens} are one parameter: give one of them",
+            )
             given["max_tokens"] = self.max_completion_tokens
-        require(self.logprobs or self.top_logprobs is None, f"top_logprobs={self.top_logprobs} needs logprobs=true")
+        require(
+            self.logprobs or self.top_logprobs is None,
+            f"top_logprobs={self.top_logprobs} needs logprobs=true",
+        )
         given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return SamplingParams(**given)
 
@@ -247,7 +266,9 @@ class Version(BaseModel):
 
 class Page(BaseModel):
     page: int
-    holders: list[tuple[int, int]] = Field(description="(request, sample) of each sequence that has the page in its table")
+    holders: list[tuple[int, int]] = Field(
+        description="(request, sample) of each sequence that has the page in its table"
+    )
     cached: bool = Field(description="other prompts can find it")
 
 
@@ -274,14 +295,28 @@ class Error(BaseModel):
 class APIError(Exception):
     """An answer in OpenAI's error form."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
-                 headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        kind = (
+            "server_error"
+            if status >= 500
+            else "rate_limit_error"
+            if status == 429
+            else "invalid_request_error"
+        )
         self.status, self.headers = status, headers
         # JSON may hold half a surrogate pair, which UTF-8 has no bytes for.
         clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]
-        self.body = Error(error=ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code))
+        self.body = Error(
+            error=ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code)
+        )
 
     def response(self) -> Response:
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
@@ -300,11 +335,17 @@ def refused(error: ValueError) -> APIError:
 def invalid_request(errors: list[dict]) -> APIError:
     """400, from what pydantic has found wrong. Where several types are allowed, what came closest went deepest."""
     nearest = max(errors, key=lambda e: len(e["loc"]))
-    is_type = lambda part: isinstance(part, str) and ("[" in part or part == "str")  # which of several was tried
+    is_type = lambda part: (
+        isinstance(part, str) and ("[" in part or part == "str")
+    )  # which of several was tried
     path = [part for part in nearest["loc"][1:] if not is_type(part)]
     name = next((part for part in path if isinstance(part, str)), None)
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-    message = "there is no such parameter" if nearest["type"] == "extra_forbidden" else nearest["msg"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(
+        "."
+    )
+    message = (
+        "there is no such parameter" if nearest["type"] == "extra_forbidden" else nearest["msg"]
+    )
     if nearest["loc"] == ("body",):
         message = "its body must be a JSON object, with the header Content-Type: application/json"
     return APIError(400, f"{where or 'the request'}: {message}", param=name)

@@ -15,7 +15,11 @@ from utils import open_model
 def main(config: SampleConfig) -> None:
     """Print the samples, the first as it is generated: all rows of the batch grow together, the others follow when it is done."""
     model, tokenizer, name = open_model(config)
-    start = Path(config.start[5:]).read_text(encoding="utf-8") if config.start.startswith("FILE:") else config.start
+    start = (
+        Path(config.start[5:]).read_text(encoding="utf-8")
+        if config.start.startswith("FILE:")
+        else config.start
+    )
     prompt = tokenizer.encode(start)
     require(len(prompt) > 0, "--start must not be empty")
     model = model.for_inference()
@@ -23,8 +27,15 @@ def main(config: SampleConfig) -> None:
     rows = [[] for _ in range(config.num_samples)]
     decoder = StreamDecoder(tokenizer)
     print(start, end="", flush=True)
-    for burst in model.stream([prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature,
-                              top_k=config.top_k, top_p=config.top_p, seed=config.seed, stop_token=tokenizer.eos_id):
+    for burst in model.stream(
+        [prompt] * config.num_samples,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_token=tokenizer.eos_id,
+    ):
         rows = [row + new for row, new in zip(rows, burst)]
         print(decoder.push(burst[0]), end="", flush=True)
     print(decoder.finish())

@@ -16,24 +16,26 @@ from jax.extend.random import threefry_2x32
 @dataclass(frozen=True)
 class Slots:
     """What the device knows of the sequence in each slot. The last slot belongs to the padding rows of a call."""
-    tokens: jax.Array        # (slots, block_size + 1) int32
-    prompt_len: jax.Array    # (slots,) int32, like all that have no other shape
-    min_len: jax.Array       # length up to which biases of -inf hold (min_tokens)
-    seed: jax.Array          # (slots, 2) uint32
+
+    tokens: jax.Array  # (slots, block_size + 1) int32
+    prompt_len: jax.Array  # (slots,) int32, like all that have no other shape
+    min_len: jax.Array  # length up to which biases of -inf hold (min_tokens)
+    seed: jax.Array  # (slots, 2) uint32
     index: jax.Array
-    temperature: jax.Array   # float32, like the penalties
+    temperature: jax.Array  # float32, like the penalties
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
     frequency_penalty: jax.Array
     presence_penalty: jax.Array
-    bias_ids: jax.Array      # (slots, MAX_BIASES) int32, filled up with V, which no column has
-    biases: jax.Array        # (slots, MAX_BIASES) float32
+    bias_ids: jax.Array  # (slots, MAX_BIASES) int32, filled up with V, which no column has
+    biases: jax.Array  # (slots, MAX_BIASES) float32
 
 
 class Wanted(NamedTuple):
     """Which parts of model_step some row of the call needs; the device skips the others."""
+
     adjust: bool
     keep: bool
     top: bool
@@ -42,13 +44,17 @@ class Wanted(NamedTuple):
 
 def sample(logits, slots: Slots, slot, length, wanted: Wanted):
     """logits (S, V) of the sequences in slot (S,) -> tokens (S,) int32 for their positions length (S,); see SamplingParams."""
-    logits = jax.lax.cond(wanted.adjust, lambda l: adjust(l, slots, slot, length), lambda l: l, logits)
+    logits = jax.lax.cond(
+        wanted.adjust, lambda l: adjust(l, slots, slot, length), lambda l: l, logits
+    )
     temperature = slots.temperature[slot][:, None]
     x = logits / jnp.where(temperature == 0, 1, temperature)
     x = jax.lax.cond(wanted.keep, lambda x: keep(x, slots, slot), lambda x: x, x)
 
     # One hash of a counter-based generator (Salmon et al. 2011): key is the seed, counter (index of the sample, position).
-    hash_ = lambda seed, *counter: threefry_2x32((seed[0], seed[1]), jnp.stack(counter).astype(jnp.uint32))
+    hash_ = lambda seed, *counter: threefry_2x32(
+        (seed[0], seed[1]), jnp.stack(counter).astype(jnp.uint32)
+    )
     bits = jax.vmap(hash_)(slots.seed[slot], slots.index[slot], length)  # (S, 2) uint32
     u = (bits >> 8).astype(jnp.float32) * 2**-24
     return jnp.where(temperature[:, 0] == 0, first_largest(logits), draw(x, u))
@@ -66,7 +72,9 @@ def draw(x, u):
     p = jnp.exp(x - x.max(-1, keepdims=True))
     p = jnp.pad(p, ((0, 0), (0, -p.shape[1] % 64))).reshape(len(p), -1, 64)
 
-    def pick(weights, u):  # the first whose cumulative weight exceeds u * total: never one of weight 0
+    def pick(
+        weights, u
+    ):  # the first whose cumulative weight exceeds u * total: never one of weight 0
         total = jnp.cumsum(weights, -1)
         return (total <= u[:, None] * total[:, -1:]).sum(-1, dtype=jnp.int32)
 
@@ -84,7 +92,9 @@ def adjust(logits, slots: Slots, slot, length):
     present = at < length[:, None]  # (S, block_size + 1)
     zeros = jnp.zeros(logits.shape, jnp.int32)
     seen = zeros.at[row, tokens].max(present.astype(jnp.int32))
-    count = zeros.at[row, tokens].add((present & (at >= slots.prompt_len[slot][:, None])).astype(jnp.int32))
+    count = zeros.at[row, tokens].add(
+        (present & (at >= slots.prompt_len[slot][:, None])).astype(jnp.int32)
+    )
     penalty = slots.repetition_penalty[slot][:, None]
     logits = jnp.where(seen > 0, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     logits -= slots.frequency_penalty[slot][:, None] * count
@@ -94,14 +104,18 @@ def adjust(logits, slots: Slots, slot, length):
 def keep(x, slots: Slots, slot):
     """-inf for the tokens that top_k, top_p and min_p leave out of x (S, V)."""
     ordered = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    ordered = jnp.where(ordered >> 31, ~ordered, ordered | np.uint32(1 << 31))  # unsigned integers in the order of the floats
+    ordered = jnp.where(
+        ordered >> 31, ~ordered, ordered | np.uint32(1 << 31)
+    )  # unsigned integers in the order of the floats
 
     def at_least(weights, target):
         """Where x >= the largest t with sum(weights[x >= t]) >= target: t by bisection, bit by bit, since sorting costs more."""
+
         def bit(i, t):
             trial = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
             enough = jnp.where(ordered >= trial[:, None], weights, 0).sum(-1) >= target
             return jnp.where(enough, trial, t)
+
         return ordered >= jax.lax.fori_loop(0, 32, bit, jnp.zeros(len(x), jnp.uint32))[:, None]
 
     top_k, top_p, min_p = slots.top_k[slot], slots.top_p[slot], slots.min_p[slot]

@@ -11,7 +11,7 @@ from block_manager import BlockManager
 from config import require
 
 MAX_LOGPROBS = 20  # alternatives that can be reported per token
-MAX_BIASES = 512   # entries of logit_bias, and tokens banned by min_tokens, of one request
+MAX_BIASES = 512  # entries of logit_bias, and tokens banned by min_tokens, of one request
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,13 @@ class SamplingParams:
     @property
     def adjusts(self) -> bool:
         """Whether it changes logits before the temperature does."""
-        return bool(self.logit_bias or self.min_tokens or self.frequency_penalty or self.presence_penalty
-                    or self.repetition_penalty != 1)
+        return bool(
+            self.logit_bias
+            or self.min_tokens
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1
+        )
 
     @property
     def keeps(self) -> bool:
@@ -71,18 +76,41 @@ class SamplingParams:
 
     def __post_init__(self):
         infinity = float("inf")
-        for name, low, high in (("max_tokens", 0, infinity), ("min_tokens", 0, self.max_tokens), ("n", 1, infinity),
-                                ("min_p", 0, 1), ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS),
-                                ("top_k", 1, infinity), ("frequency_penalty", -1e4, 1e4), ("presence_penalty", -1e4, 1e4),
-                                ("temperature", 0, 1e4), ("seed", -2**63, 2**63 - 1)):
+        for name, low, high in (
+            ("max_tokens", 0, infinity),
+            ("min_tokens", 0, self.max_tokens),
+            ("n", 1, infinity),
+            ("min_p", 0, 1),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+            ("top_k", 1, infinity),
+            ("frequency_penalty", -1e4, 1e4),
+            ("presence_penalty", -1e4, 1e4),
+            ("temperature", 0, 1e4),
+            ("seed", -(2**63), 2**63 - 1),
+        ):
             value = getattr(self, name)
-            require(value is None or low <= value <= high, f"{name}={value} must be from {low} to {high}")
+            require(
+                value is None or low <= value <= high,
+                f"{name}={value} must be from {low} to {high}",
+            )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
-        require(0 < self.repetition_penalty <= 1e4, f"repetition_penalty={self.repetition_penalty} must be in (0, 1e4]")
-        require(all(abs(b) <= 1e4 for b in self.logit_bias.values()), "each logit_bias must be from -1e4 to 1e4")
-        require(not isinstance(self.stop, str) and all(self.stop), "stop must be a sequence of strings, none of them empty")
-        require(self.max_tokens > 0 or self.prompt_logprobs is not None or self.echo,
-                "max_tokens=0 returns nothing: ask for prompt_logprobs or echo, or for at least 1 token")
+        require(
+            0 < self.repetition_penalty <= 1e4,
+            f"repetition_penalty={self.repetition_penalty} must be in (0, 1e4]",
+        )
+        require(
+            all(abs(b) <= 1e4 for b in self.logit_bias.values()),
+            "each logit_bias must be from -1e4 to 1e4",
+        )
+        require(
+            not isinstance(self.stop, str) and all(self.stop),
+            "stop must be a sequence of strings, none of them empty",
+        )
+        require(
+            self.max_tokens > 0 or self.prompt_logprobs is not None or self.echo,
+            "max_tokens=0 returns nothing: ask for prompt_logprobs or echo, or for at least 1 token",
+        )
 
 
 class Sequence:
@@ -91,10 +119,14 @@ class Sequence:
     def __init__(self, key: tuple[int, int], prompt: list[int], params: SamplingParams):
         self.key, self.params = key, params
         self.tokens, self.prompt_len = list(prompt), len(prompt)
-        self.computed = 0   # tokens whose keys and values are in pages, once the steps in flight are done
-        self.sampled = 0    # new tokens, once the steps in flight are done; `tokens` lags behind
+        self.computed = (
+            0  # tokens whose keys and values are in pages, once the steps in flight are done
+        )
+        self.sampled = 0  # new tokens, once the steps in flight are done; `tokens` lags behind
         self.slot: int | None = None
-        self.followers: list[Sequence] = []  # samples that fork from this one when its prompt is computed
+        self.followers: list[
+            Sequence
+        ] = []  # samples that fork from this one when its prompt is computed
         self.finished = False
         # What the engine needs to make outputs.
         self.stop_ids: set[int] = set()
@@ -104,7 +136,7 @@ class Sequence:
 
     @property
     def prompt(self) -> list[int]:
-        return self.tokens[:self.prompt_len]
+        return self.tokens[: self.prompt_len]
 
     @property
     def prefilling(self) -> bool:
@@ -114,12 +146,19 @@ class Sequence:
 @dataclass
 class Plan:
     """What one step does, in the order in which the device must do it: pages are read before others write to them."""
-    swap_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)       # pages to host memory
-    copies: list[tuple[int, int]] = field(default_factory=list)                    # from page, to page
-    swap_in: list[tuple[Sequence, int, list[int]]] = field(default_factory=list)   # first logical page, pages
-    admitted: list[Sequence] = field(default_factory=list)                         # to write to their slots
-    tiles: list[tuple[Sequence, int, int]] = field(default_factory=list)           # prefill: start, number of tokens
-    samples: list[tuple[int, Sequence]] = field(default_factory=list)              # last tile of a prompt, who samples from it
+
+    swap_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # pages to host memory
+    copies: list[tuple[int, int]] = field(default_factory=list)  # from page, to page
+    swap_in: list[tuple[Sequence, int, list[int]]] = field(
+        default_factory=list
+    )  # first logical page, pages
+    admitted: list[Sequence] = field(default_factory=list)  # to write to their slots
+    tiles: list[tuple[Sequence, int, int]] = field(
+        default_factory=list
+    )  # prefill: start, number of tokens
+    samples: list[tuple[int, Sequence]] = field(
+        default_factory=list
+    )  # last tile of a prompt, who samples from it
     decodes: list[Sequence] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -137,20 +176,26 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # both in order of arrival
         self.running: list[Sequence] = []
         self.free_slots = list(range(max_num_seqs))
-        self.group_size = min(tiles, max_num_seqs)  # samples that can fork from one prompt: each needs a row to sample
+        self.group_size = min(
+            tiles, max_num_seqs
+        )  # samples that can fork from one prompt: each needs a row to sample
         self.preemptions = 0
 
     def add(self, prompt: list[int], params: SamplingParams, request_id: int) -> list[Sequence]:
         """The n sequences of a request. Raises ValueError, with both numbers, if one could never fit the pool."""
-        most = max(len(prompt), len(prompt) + params.max_tokens - 1)  # the last token sampled is never read
+        most = max(
+            len(prompt), len(prompt) + params.max_tokens - 1
+        )  # the last token sampled is never read
         pages = self.blocks.num_pages - 1
-        require(self.blocks.pages_for(most) <= pages,
-                f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} need {self.blocks.pages_for(most)} pages of "
-                f"{self.blocks.page_size} tokens, and the pool has {pages}: ask for fewer tokens or give the KV cache more "
-                "memory")
+        require(
+            self.blocks.pages_for(most) <= pages,
+            f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} need {self.blocks.pages_for(most)} pages of "
+            f"{self.blocks.page_size} tokens, and the pool has {pages}: ask for fewer tokens or give the KV cache more "
+            "memory",
+        )
         seqs = [Sequence((request_id, i), prompt, params) for i in range(params.n)]
         for i in range(0, params.n, self.group_size):
-            seqs[i].followers = seqs[i + 1:i + self.group_size]
+            seqs[i].followers = seqs[i + 1 : i + self.group_size]
             self.waiting.append(seqs[i])
         return seqs
 
@@ -158,7 +203,9 @@ class Scheduler:
         """Decides who advances by how much, and accounts for it as done."""
         plan = Plan()
         for seq in [s for s in self.running if s.sampled and s.sampled >= s.params.max_tokens]:
-            self._release(seq)  # its last step is in flight: what is launched from now on may have its pages
+            self._release(
+                seq
+            )  # its last step is in flight: what is launched from now on may have its pages
         for seq in list(self.running):
             if seq.slot is not None:  # else it was preempted by an older one
                 self._advance(seq, plan)
@@ -201,14 +248,18 @@ class Scheduler:
         # Logprobs of prompt tokens have to be computed, so a prefix found in the cache is of no use for them.
         hit = blocks.open(seq.key, seq.prompt, use_cache=seq.params.prompt_logprobs is None)
         need = blocks.pages_for(max(seq.prompt_len, seq.computed + 1)) - len(blocks.tables[seq.key])
-        promised = sum(max(0, blocks.pages_for(s.prompt_len) - len(blocks.tables[s.key])) for s in self.running)
+        promised = sum(
+            max(0, blocks.pages_for(s.prompt_len) - len(blocks.tables[s.key])) for s in self.running
+        )
         # One page more for each sequence that runs: else their next tokens would preempt this one at once.
         if need + promised + len(self.running) > blocks.num_free:
             blocks.free(seq.key)
             return None
         if seq.computed > hit:  # it was preempted
             blocks.write(seq.key, hit, seq.computed)
-            plan.swap_in.append((seq, blocks.pages_for(hit), blocks.tables[seq.key][blocks.pages_for(hit):]))
+            plan.swap_in.append(
+                (seq, blocks.pages_for(hit), blocks.tables[seq.key][blocks.pages_for(hit) :])
+            )
         else:
             blocks.count_hits(seq.prompt_len, hit)
             seq.computed = hit
@@ -223,7 +274,9 @@ class Scheduler:
         room = (self.tiles - len(plan.tiles)) * self.blocks.page_size
         end = min(seq.computed + min(self.chunk_size, room), seq.prompt_len)
         if end == seq.prompt_len and len(plan.samples) + 1 + len(seq.followers) > self.tiles:
-            end = (end - 1) // self.blocks.page_size * self.blocks.page_size  # no row left to sample from its last tile
+            end = (
+                (end - 1) // self.blocks.page_size * self.blocks.page_size
+            )  # no row left to sample from its last tile
         return end
 
     def _prefill(self, seq: Sequence, end: int, plan: Plan) -> None:
@@ -243,7 +296,9 @@ class Scheduler:
             seq.followers = []
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
-        plan.swap_out.append((seq, self.blocks.tables[seq.key][:self.blocks.pages_for(seq.computed)]))
+        plan.swap_out.append(
+            (seq, self.blocks.tables[seq.key][: self.blocks.pages_for(seq.computed)])
+        )
         self._release(seq)
         self.waiting.appendleft(seq)
         self.preemptions += 1

@@ -53,14 +53,25 @@ log = logging.getLogger("server")
 class Front:
     """What the routes have in common."""
 
-    def __init__(self, config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_model_len: int):
-        self.config, self.worker, self.tokenizer, self.max_model_len = config, worker, tokenizer, max_model_len
+    def __init__(
+        self, config: ServeConfig, worker: Worker, tokenizer: Tokenizer, max_model_len: int
+    ):
+        self.config, self.worker, self.tokenizer, self.max_model_len = (
+            config,
+            worker,
+            tokenizer,
+            max_model_len,
+        )
         self.started = int(time.time())
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.config.model_name):
-            raise APIError(404, f"there is no model {name!r} here, only {self.config.model_name!r}", param="model",
-                           code="model_not_found")
+            raise APIError(
+                404,
+                f"there is no model {name!r} here, only {self.config.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
 
     def check(self, body: GenerationRequest, **limits: tuple[int | None, int]) -> None:
         """Of what is asked for, as NAME=(value, limit) and what all have."""
@@ -69,24 +80,36 @@ class Front:
         limits |= {"n": (body.n, self.config.max_n), "stop": (stops, self.config.max_stop)}
         for name, (value, limit) in limits.items():
             if value is not None and value > limit:
-                raise APIError(400, f"{name}: {value} asked for, and this server allows {limit}", param=name)
+                raise APIError(
+                    400, f"{name}: {value} asked for, and this server allows {limit}", param=name
+                )
         if body.stream_options and not body.stream:
             raise APIError(400, "stream_options: only for stream=true", param="stream_options")
 
     async def encode(self, text: str) -> list[int]:
         try:
-            return await asyncio.to_thread(self.tokenizer.encode, text)  # a long one must not hold up the others
+            return await asyncio.to_thread(
+                self.tokenizer.encode, text
+            )  # a long one must not hold up the others
         except ValueError as e:
             raise APIError(400, str(e), param="prompt") from e
 
-    async def generate(self, request: fastapi.Request, kind: type[Sample], body: GenerationRequest, prompts: list[list[int]],
-                       params: Callable[[], SamplingParams]) -> EventStream | protocol.Answer:
+    async def generate(
+        self,
+        request: fastapi.Request,
+        kind: type[Sample],
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        params: Callable[[], SamplingParams],
+    ) -> EventStream | protocol.Answer:
         try:
             params = params()
         except ValueError as e:
             raise refused(e) from e
         job = Job(request.scope["log"]["request_id"], prompts, params, bool(body.stream))
-        writer = Writer(kind, body, job, self.tokenizer, self.config.model_name, request.scope["log"])
+        writer = Writer(
+            kind, body, job, self.tokenizer, self.config.model_name, request.scope["log"]
+        )
         await self.worker.submit(job)
         if body.stream:
             return EventStream(writer.events(), self.worker, job)
@@ -99,12 +122,19 @@ STREAMED = {200: {"content": {"text/event-stream": {}}}}
 
 def add_completions(app: fastapi.FastAPI, front: Front) -> None:
     """/v1/completions"""
+
     @app.post("/v1/completions", response_model=protocol.Completion, responses=STREAMED)
     async def completions(body: protocol.CompletionRequest, request: fastapi.Request):
-        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
+        several = (
+            isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
+        )
         prompts, limits = body.prompt if several else [body.prompt], front.config
-        front.check(body, prompt=(len(prompts), limits.max_prompts), logprobs=(body.logprobs, limits.max_logprobs),
-                    prompt_logprobs=(body.prompt_logprobs, limits.max_logprobs))
+        front.check(
+            body,
+            prompt=(len(prompts), limits.max_prompts),
+            logprobs=(body.logprobs, limits.max_logprobs),
+            prompt_logprobs=(body.prompt_logprobs, limits.max_logprobs),
+        )
         prompts = [await front.encode(p) if isinstance(p, str) else p for p in prompts]
         return await front.generate(request, TextSample, body, prompts, body.sampling_params)
 
@@ -113,10 +143,15 @@ def add_chat(app: fastapi.FastAPI, front: Front, template: ChatTemplate | None) 
     """/v1/chat/completions, if there is a template."""
     path = "/v1/chat/completions"
     if template is None:
+
         @app.post(path, include_in_schema=False)
         async def no_chat():
-            raise APIError(404, "this server has no chat template: start it with --chat_template=FILE, or with an "
-                           "--init_from=DIR that brings one in tokenizer_config.json or chat_template.jinja")
+            raise APIError(
+                404,
+                "this server has no chat template: start it with --chat_template=FILE, or with an "
+                "--init_from=DIR that brings one in tokenizer_config.json or chat_template.jinja",
+            )
+
         return
 
     @app.post(path, response_model=protocol.ChatCompletion, responses=STREAMED)
@@ -125,17 +160,22 @@ def add_chat(app: fastapi.FastAPI, front: Front, template: ChatTemplate | None) 
         front.worker.check()  # its pages are counted once it is warm
         messages = [message.plain() for message in body.messages]
         try:
-            prompt = await asyncio.to_thread(template.encode, messages, body.add_generation_prompt is not False)
+            prompt = await asyncio.to_thread(
+                template.encode, messages, body.add_generation_prompt is not False
+            )
             require(bool(prompt), "the chat template makes an empty prompt of these messages")
         except ValueError as e:
             raise APIError(400, str(e), param="messages") from e
         size = min(front.max_model_len, front.worker.stats.pages * front.config.engine.page_size)
         room = max(1, size - len(prompt))  # if there is none, the engine says it with its numbers
-        return await front.generate(request, ChatSample, body, [prompt], partial(body.sampling_params, room))
+        return await front.generate(
+            request, ChatSample, body, [prompt], partial(body.sampling_params, room)
+        )
 
 
 def add_tokens(app: fastapi.FastAPI, front: Front) -> None:
     """The vocabulary: /tokenize and /detokenize."""
+
     @app.post("/tokenize")
     async def tokenize(body: protocol.TokenizeRequest) -> protocol.Tokens:
         front.check_model(body.model)
@@ -146,8 +186,11 @@ def add_tokens(app: fastapi.FastAPI, front: Front) -> None:
     async def detokenize(body: protocol.DetokenizeRequest) -> protocol.Text:
         front.check_model(body.model)
         if wrong := [t for t in body.tokens if t >= front.tokenizer.vocab_size]:
-            raise APIError(400, f"tokens has token {wrong[0]}, and the vocabulary ends at {front.tokenizer.vocab_size - 1}",
-                           param="tokens")
+            raise APIError(
+                400,
+                f"tokens has token {wrong[0]}, and the vocabulary ends at {front.tokenizer.vocab_size - 1}",
+                param="tokens",
+            )
         return protocol.Text(prompt=front.tokenizer.decode(body.tokens))
 
 
@@ -157,7 +200,9 @@ def add_state(app: fastapi.FastAPI, front: Front) -> None:
 
     @app.get("/v1/models")
     async def models() -> protocol.ModelList:
-        card = protocol.ModelCard(id=front.config.model_name, created=front.started, max_model_len=front.max_model_len)
+        card = protocol.ModelCard(
+            id=front.config.model_name, created=front.started, max_model_len=front.max_model_len
+        )
         return protocol.ModelList(data=[card])
 
     @app.get("/health")
@@ -177,12 +222,26 @@ def add_state(app: fastapi.FastAPI, front: Front) -> None:
     @app.get("/pool")
     async def pool() -> protocol.Pool:
         """Who holds which page of the KV cache, as of now."""
-        stats, pages, names = await worker.ask(lambda engine: (
-            engine.stats(), engine.snapshot(), {i: job.request_id for i, (job, _) in worker.jobs.items()}))
-        used = [protocol.Page(page=i, holders=holders, cached=cached)
-                for i, (holders, cached) in enumerate(pages) if holders or cached]
-        return protocol.Pool(pages=len(pages), page_size=front.config.engine.page_size, running=stats.running,
-                             waiting=stats.waiting, requests=names, used=used)
+        stats, pages, names = await worker.ask(
+            lambda engine: (
+                engine.stats(),
+                engine.snapshot(),
+                {i: job.request_id for i, (job, _) in worker.jobs.items()},
+            )
+        )
+        used = [
+            protocol.Page(page=i, holders=holders, cached=cached)
+            for i, (holders, cached) in enumerate(pages)
+            if holders or cached
+        ]
+        return protocol.Pool(
+            pages=len(pages),
+            page_size=front.config.engine.page_size,
+            running=stats.running,
+            waiting=stats.waiting,
+            requests=names,
+            used=used,
+        )
 
 
 def add_page(app: fastapi.FastAPI) -> None:
@@ -192,12 +251,18 @@ def add_page(app: fastapi.FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
     async def page() -> Response:
-        return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-                                           "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"})
+        return HTMLResponse(
+            html,
+            headers={
+                "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+                "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+            },
+        )
 
 
 def add_error_form(app: fastapi.FastAPI) -> None:
     """Whatever goes wrong is answered in OpenAI's error form."""
+
     @app.exception_handler(APIError)
     async def api_error(request, e: APIError) -> Response:
         return e.response()
@@ -217,8 +282,13 @@ def add_error_form(app: fastapi.FastAPI) -> None:
 
 def create_app(front: Front, template: ChatTemplate | None) -> fastapi.FastAPI:
     """All routes."""
-    app = fastapi.FastAPI(title="JAX-nanoGPT-vLLM", version=VERSION, docs_url=None, redoc_url=None,
-                          responses={"4XX": {"model": protocol.Error}, "5XX": {"model": protocol.Error}})
+    app = fastapi.FastAPI(
+        title="JAX-nanoGPT-vLLM",
+        version=VERSION,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": protocol.Error}, "5XX": {"model": protocol.Error}},
+    )
     add_error_form(app)
     add_completions(app, front)
     add_chat(app, front, template)
@@ -239,8 +309,15 @@ class Gate:
             return
         begin, headers = time.perf_counter(), dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(16)
-        entry = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": None}
+        request_id = (
+            given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(16)
+        )
+        entry = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": None,
+        }
         scope["log"] = entry
         received = 0
 
@@ -249,7 +326,9 @@ class Gate:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
-                raise HTTPException(413, f"the body has more than {self.max_body_bytes} bytes, which is the limit")
+                raise HTTPException(
+                    413, f"the body has more than {self.max_body_bytes} bytes, which is the limit"
+                )
             return message
 
         async def send_with_id(message) -> None:
@@ -263,8 +342,12 @@ class Gate:
                 await self.app(scope, limited_receive, send_with_id)
             else:
                 # A browser asks for a password; Chromium does not if Bearer is offered, too.
-                refusal = APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
-                                   headers={"WWW-Authenticate": 'Basic realm="the API key is the password"'})
+                refusal = APIError(
+                    401,
+                    "a valid API key is needed: Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": 'Basic realm="the API key is the password"'},
+                )
                 await refusal.response()(scope, receive, send_with_id)
         finally:
             entry["seconds"] = round(time.perf_counter() - begin, 4)
@@ -283,18 +366,39 @@ class Gate:
 class Server(uvicorn.Server):
     """uvicorn's server, together with the engine's thread, and an end at which nothing admitted is lost."""
 
-    def __init__(self, config: ServeConfig, make_engine: Callable[[], Engine], tokenizer: Tokenizer, max_model_len: int):
+    def __init__(
+        self,
+        config: ServeConfig,
+        make_engine: Callable[[], Engine],
+        tokenizer: Tokenizer,
+        max_model_len: int,
+    ):
         metrics = Metrics(config.model_name)
         self.worker = Worker(make_engine, config, metrics)
         metrics.stats = lambda: self.worker.stats and (self.worker.stats, self.worker.queued)
         self.worker.on_death = lambda: setattr(self, "should_exit", True)
-        app = create_app(Front(config, self.worker, tokenizer, max_model_len), load_template(config, tokenizer))
+        app = create_app(
+            Front(config, self.worker, tokenizer, max_model_len), load_template(config, tokenizer)
+        )
         app = Gate(app, config.api_key, config.max_body_bytes)
         if config.cors_origins:
-            app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"],
-                                 expose_headers=["X-Request-Id"])
-        super().__init__(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False,
-                                        timeout_graceful_shutdown=5))
+            app = CORSMiddleware(
+                app,
+                allow_origins=config.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id"],
+            )
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
         self.drain_timeout = config.drain_timeout
 
     async def serve(self, sockets: list[socket.socket]) -> None:
@@ -309,7 +413,9 @@ class Server(uvicorn.Server):
             raise self.worker.error
 
     def capture_signals(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()  # uvicorn's would raise SIGTERM again at the end: no exit code 0
+        return (
+            contextlib.nullcontext()
+        )  # uvicorn's would raise SIGTERM again at the end: no exit code 0
 
     def drain(self) -> None:
         """Admits nothing more and lets what runs finish, for drain_timeout; called again, it does not wait."""
@@ -322,7 +428,11 @@ class Server(uvicorn.Server):
         try:
             await asyncio.wait_for(self.worker.idle.wait(), self.drain_timeout)
         except TimeoutError:
-            self.worker.fail_all(unavailable(f"the server is shutting down, and drain_timeout={self.drain_timeout} s are over"))
+            self.worker.fail_all(
+                unavailable(
+                    f"the server is shutting down, and drain_timeout={self.drain_timeout} s are over"
+                )
+            )
         self.should_exit = True
 
 
@@ -330,8 +440,12 @@ class JSONLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage(),
-                **getattr(record, "entry", {})}
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "event": record.getMessage(),
+            **getattr(record, "entry", {}),
+        }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -343,10 +457,16 @@ def main(config: ServeConfig) -> None:
     handler.setFormatter(JSONLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.INFO)
-    sys.setswitchinterval(5e-4)  # seconds; by default the event loop waits 5 ms for a busy engine thread to give way
-    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY"))
+    sys.setswitchinterval(
+        5e-4
+    )  # seconds; by default the event loop waits 5 ms for a busy engine thread to give way
+    config = dataclasses.replace(
+        config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY")
+    )
     model, tokenizer, _ = open_model(config)
-    listener = socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listener = socket.create_server(
+        (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    )
     log.info("serving %s at http://%s:%d", config.model_name, *listener.getsockname()[:2])
 
     async def run() -> None:
@@ -355,6 +475,7 @@ def main(config: ServeConfig) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, server.drain)
         await server.serve([listener])
+
     asyncio.run(run())
 
 

@@ -55,8 +55,10 @@ class CharTokenizer(Tokenizer):
             return [self.ids[c] for c in text]
         except KeyError:
             unknown = "".join(sorted(set(text) - self.ids.keys()))
-            raise ValueError(f"the vocabulary of {self.vocab_size} characters does not have {unknown!r}: "
-                             "leave these out of the text") from None
+            raise ValueError(
+                f"the vocabulary of {self.vocab_size} characters does not have {unknown!r}: "
+                "leave these out of the text"
+            ) from None
 
     def token_bytes(self, token: int) -> bytes:
         return self.chars[token].encode("utf-8")
@@ -76,8 +78,10 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as e:  # requests' errors are OSErrors
-            raise ValueError(f"cannot download GPT-2's BPE files ({type(e).__name__}): without a network, "
-                             "set TIKTOKEN_CACHE_DIR to a tiktoken cache that holds them") from e
+            raise ValueError(
+                f"cannot download GPT-2's BPE files ({type(e).__name__}): without a network, "
+                "set TIKTOKEN_CACHE_DIR to a tiktoken cache that holds them"
+            ) from e
         self.vocab_size = self.bpe.n_vocab
         self.eos_id = self.bpe.eot_token
         self.special_tokens = {"<|endoftext|>": self.eos_id}
@@ -103,8 +107,10 @@ class HFTokenizer(Tokenizer):
         """Raises ValueError if directory has no tokenizer, or one that is not byte-level BPE."""
         directory = Path(directory)
         # transformers makes an empty tokenizer, without a word, where config.json is all it finds.
-        if not any(all((directory / f).is_file() for f in files)
-                   for files in (["tokenizer.json"], ["vocab.json", "merges.txt"])):
+        if not any(
+            all((directory / f).is_file() for f in files)
+            for files in (["tokenizer.json"], ["vocab.json", "merges.txt"])
+        ):
             raise ValueError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt")
         from transformers import AutoTokenizer  # here, because its import takes seconds
 
@@ -124,17 +130,23 @@ class HFTokenizer(Tokenizer):
         self.json, self.eos_id = tokenizer_json, eos_id
         self.bpe = tokenizers.Tokenizer.from_str(tokenizer_json)
         if not isinstance(self.bpe.decoder, tokenizers.decoders.ByteLevel):
-            raise ValueError(f"the tokenizer decodes by {type(self.bpe.decoder).__name__}: "
-                             "only byte-level BPE, as GPT-2 has it, is supported")
+            raise ValueError(
+                f"the tokenizer decodes by {type(self.bpe.decoder).__name__}: "
+                "only byte-level BPE, as GPT-2 has it, is supported"
+            )
         self.bpe.encode_special_tokens = True  # that is: as ordinary text
         self.bpe.no_truncation()  # tokenizer.json may ask for either
         self.bpe.no_padding()
-        self.special_tokens = {t.content: i for i, t in self.bpe.get_added_tokens_decoder().items() if t.special}
+        self.special_tokens = {
+            t.content: i for i, t in self.bpe.get_added_tokens_decoder().items() if t.special
+        }
         self.bytes = {i: bytes_of(token) for token, i in self.bpe.get_vocab().items()}
         self.vocab_size = max(self.bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half a pair
+        text = text.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace"
+        )  # JSON may hold half a pair
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -168,7 +180,9 @@ def from_meta(meta: dict) -> Tokenizer:
         case "hf":
             return HFTokenizer.from_json(meta["tokenizer_json"], meta["eos_id"])
         case other:
-            raise ValueError(f"meta.json names the tokenizer {other!r}; the known ones are char, gpt2 and hf")
+            raise ValueError(
+                f"meta.json names the tokenizer {other!r}; the known ones are char, gpt2 and hf"
+            )
 
 
 class StreamDecoder:

@@ -32,9 +32,23 @@ from tqdm import tqdm
 import dry_run
 import pretrained
 from config import TrainConfig, require
-from mesh import PEAK_FLOPS, connect, describe, put_batch, training_mesh, use_cpu_cores, whole_sequences
+from mesh import (
+    PEAK_FLOPS,
+    connect,
+    describe,
+    put_batch,
+    training_mesh,
+    use_cpu_cores,
+    whole_sequences,
+)
 from model import choose_attention
-from utils import Checkpoints, TrainState, learning_rate_schedule, require_same_model, write_atomically
+from utils import (
+    Checkpoints,
+    TrainState,
+    learning_rate_schedule,
+    require_same_model,
+    write_atomically,
+)
 
 EVAL_SEED = 20240229  # of the evaluation batches: the same for every run, so that losses compare between runs
 
@@ -52,10 +66,14 @@ class TokenFile(NamedTuple):
 
 def load_data(data_dir: Path) -> tuple[dict[str, TokenFile], dict]:
     """The splits {"train", "val"} and the meta.json of a directory that prepare.py wrote."""
-    require((data_dir / "meta.json").exists(),
-            f"there is no data in {data_dir}; write it with: python prepare.py {data_dir.name}, or give --data_dir")
+    require(
+        (data_dir / "meta.json").exists(),
+        f"there is no data in {data_dir}; write it with: python prepare.py {data_dir.name}, or give --data_dir",
+    )
     meta = json.loads((data_dir / "meta.json").read_text())
-    return {split: TokenFile(data_dir / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}, meta
+    return {
+        split: TokenFile(data_dir / f"{split}.bin", meta["dtype"]) for split in ("train", "val")
+    }, meta
 
 
 @lru_cache(maxsize=4)  # a batch may straddle two epochs, of two files
@@ -65,7 +83,9 @@ def epoch_order(seed: int, epoch: int, windows: int, block_size: int) -> tuple[i
     return int(rng.integers(block_size)), rng.permutation(windows)
 
 
-def get_batch(file: TokenFile, t: int, shape: tuple[int, ...], seed: int, rows: slice = slice(None)) -> np.ndarray:
+def get_batch(
+    file: TokenFile, t: int, shape: tuple[int, ...], seed: int, rows: slice = slice(None)
+) -> np.ndarray:
     """Batch t of shape (..., B, T): tokens (..., B, T+1) int32, whose first T are the input and whose last T are the targets; or
     only `rows` of the B. A batch is the same tokens however it is divided.
 
@@ -73,7 +93,10 @@ def get_batch(file: TokenFile, t: int, shape: tuple[int, ...], seed: int, rows: 
     once, in shuffled order; the order of an epoch is the only thing kept in memory (8 bytes a window)."""
     data, T, n = file.read(), shape[-1], math.prod(shape[:-1])
     windows = (len(data) - T) // T
-    require(windows >= 1, f"{file.path} has {len(data)} tokens, too few for block_size={T}: it needs at least {2 * T}")
+    require(
+        windows >= 1,
+        f"{file.path} has {len(data)} tokens, too few for block_size={T}: it needs at least {2 * T}",
+    )
     which = np.arange(t * n, (t + 1) * n).reshape(shape[:-1])[..., rows]
     starts = []
     for i in which.flat:
@@ -84,10 +107,14 @@ def get_batch(file: TokenFile, t: int, shape: tuple[int, ...], seed: int, rows: 
 
 def load_batch(mesh: Mesh, file: TokenFile, t: int, shape: tuple[int, ...], seed: int) -> jax.Array:
     """get_batch with its rows on the mesh's devices; each process reads those of its own devices."""
-    return put_batch(mesh, (*shape[:-1], shape[-1] + 1), lambda rows: get_batch(file, t, shape, seed, rows))
+    return put_batch(
+        mesh, (*shape[:-1], shape[-1] + 1), lambda rows: get_batch(file, t, shape, seed, rows)
+    )
 
 
-def batches(file: TokenFile, config: TrainConfig, start: int, mesh: Mesh | None = None) -> Iterator[jax.Array | np.ndarray]:
+def batches(
+    file: TokenFile, config: TrainConfig, start: int, mesh: Mesh | None = None
+) -> Iterator[jax.Array | np.ndarray]:
     """Batches start, start + 1, ... (A, B, T+1) on `mesh` (numpy without one), each prepared by a thread while the one before
     it is used."""
     load = partial(load_batch, mesh) if mesh else get_batch
@@ -112,7 +139,9 @@ def train_step(state: TrainState, batch: jax.Array, config: TrainConfig) -> tupl
 
         def loss(params):
             model = dataclasses.replace(state, params=params).model
-            return model.loss(tokens[:, :-1], tokens[:, 1:], chunks=config.loss_chunks, dropout_key=dropout_key)
+            return model.loss(
+                tokens[:, :-1], tokens[:, 1:], chunks=config.loss_chunks, dropout_key=dropout_key
+            )
 
         loss, grads = jax.value_and_grad(loss)(state.params)
         return loss, state.lay_out(grads)
@@ -120,6 +149,7 @@ def train_step(state: TrainState, batch: jax.Array, config: TrainConfig) -> tupl
     if A == 1:
         loss, grads = loss_and_grads(batch[0], 0)
     else:
+
         def add(total, tokens_micro):
             return jax.tree.map(jnp.add, total, loss_and_grads(*tokens_micro)), None
 
@@ -129,16 +159,22 @@ def train_step(state: TrainState, batch: jax.Array, config: TrainConfig) -> tupl
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return state.lay_out(dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)), metrics
+    return state.lay_out(
+        dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    ), metrics
 
 
 @partial(jax.jit, static_argnames="config")
 def eval_step(state: TrainState, tokens: jax.Array, config: TrainConfig) -> jax.Array:
     """Mean loss of tokens (B, T+1), without dropout; targets of -1 do not count."""
-    return state.model.loss(jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:], chunks=config.loss_chunks)
+    return state.model.loss(
+        jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:], chunks=config.loss_chunks
+    )
 
 
-def estimate_loss(state: TrainState, config: TrainConfig, files: dict[str, TokenFile]) -> dict[str, float]:
+def estimate_loss(
+    state: TrainState, config: TrainConfig, files: dict[str, TokenFile]
+) -> dict[str, float]:
     """Mean loss of each split over batches 0 to eval_iters - 1 of its own shuffled order under EVAL_SEED: the same tokens at
     every evaluation of every run with this batch_size and block_size. With config.eval_full "val" is every token of the file."""
     shape = (config.batch_size, config.model.block_size)
@@ -148,7 +184,10 @@ def estimate_loss(state: TrainState, config: TrainConfig, files: dict[str, Token
             losses[split] = full_loss(state, config, file)
         else:
             # Dispatched one after the other, awaited once.
-            each = [eval_step(state, load_batch(state.mesh, file, t, shape, EVAL_SEED), config) for t in range(config.eval_iters)]
+            each = [
+                eval_step(state, load_batch(state.mesh, file, t, shape, EVAL_SEED), config)
+                for t in range(config.eval_iters)
+            ]
             losses[split] = float(np.mean(jax.device_get(each), dtype=np.float64))
     return losses
 
@@ -159,11 +198,18 @@ def full_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
     data, (B, T) = file.read(), (config.batch_size, config.model.block_size)
     total = 0.0
     for start in range(0, len(data) - 1, B * T):
-        tokens = data[start:start + B * T + 1].astype(np.int32)
+        tokens = data[start : start + B * T + 1].astype(np.int32)
         count = len(tokens) - 1
         tokens = np.pad(tokens, (0, B * T - count), constant_values=-1)
         windows = tokens[np.arange(B)[:, None] * T + np.arange(T + 1)]
-        total += float(eval_step(state, put_batch(state.mesh, windows.shape, lambda rows: windows[rows]), config)) * count
+        total += (
+            float(
+                eval_step(
+                    state, put_batch(state.mesh, windows.shape, lambda rows: windows[rows]), config
+                )
+            )
+            * count
+        )
     return total / (len(data) - 1)
 
 
@@ -178,18 +224,29 @@ class Log:
         self.path, self.image = config.out_dir / "metrics.jsonl", config.out_dir / "loss.png"
         # What a killed run logged after its last checkpoint is logged again.
         old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in old if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [
+            line
+            for line in old
+            if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step
+        ]
         write_atomically(self.path, "".join(kept))
         self.rows = [json.loads(line) for line in kept]
         self.file = self.path.open("a")
         self.tensorboard = self.wandb = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
-            self.tensorboard = SummaryWriter(str(config.out_dir / "tensorboard"), purge_step=step + 1)
+
+            self.tensorboard = SummaryWriter(
+                str(config.out_dir / "tensorboard"), purge_step=step + 1
+            )
         if config.wandb_log:
             import wandb
-            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                                    config=dataclasses.asdict(config))
+
+            self.wandb = wandb.init(
+                project=config.wandb_project,
+                name=config.wandb_run_name,
+                config=dataclasses.asdict(config),
+            )
 
     def write(self, step: int, **values: float) -> None:
         if self.silent:
@@ -208,17 +265,27 @@ class Log:
         if self.silent:
             return
         import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+
         figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
-        for name, label, style in [("loss", "training batch", dict(lw=0.8, alpha=0.5)),
-                                   ("train_loss", "train", dict(marker="o", ms=4)),
-                                   ("val_loss", "validation", dict(marker="o", ms=4))]:
+        for name, label, style in [
+            ("loss", "training batch", dict(lw=0.8, alpha=0.5)),
+            ("train_loss", "train", dict(marker="o", ms=4)),
+            ("val_loss", "validation", dict(marker="o", ms=4)),
+        ]:
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
                 axes.plot(*zip(*points), label=label, **style)
                 if name == "val_loss":
-                    axes.annotate(f"{points[-1][1]:.4f}", points[-1], xytext=(0, 8), textcoords="offset points", ha="right")
+                    axes.annotate(
+                        f"{points[-1][1]:.4f}",
+                        points[-1],
+                        xytext=(0, 8),
+                        textcoords="offset points",
+                        ha="right",
+                    )
         axes.set(xlabel="updates", ylabel="loss (nats per token)", title=self.path.parent.name)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -268,34 +335,54 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def start(config: TrainConfig, meta: dict, processes: int) -> tuple[TrainConfig, TrainState, Checkpoints]:
+def start(
+    config: TrainConfig, meta: dict, processes: int
+) -> tuple[TrainConfig, TrainState, Checkpoints]:
     """The state that a run begins with, as config.init_from says, and config with the model that it turned out to be.
 
     Writes config.json and meta.json (the tokenizer) beside the checkpoints."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=meta["vocab_size"]))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=meta["vocab_size"])
+    )
     params = None
     if config.init_from not in ("scratch", "resume"):
-        model, params = pretrained.read(config.init_from, **configs.changed(config.model))  # on the host
-        require(model.vocab_size == meta["vocab_size"], f"{config.init_from} has vocab_size={model.vocab_size}, the data "
-                f"{meta['vocab_size']}: prepare the data with the model's tokenizer")
+        model, params = pretrained.read(
+            config.init_from, **configs.changed(config.model)
+        )  # on the host
+        require(
+            model.vocab_size == meta["vocab_size"],
+            f"{config.init_from} has vocab_size={model.vocab_size}, the data "
+            f"{meta['vocab_size']}: prepare the data with the model's tokenizer",
+        )
         config = dataclasses.replace(config, model=model)
     use_cpu_cores(config, processes)
     mesh = training_mesh(config)
     saved = config  # as config.json tells it: which kernels run here is nothing of the model
-    config = dataclasses.replace(config, model=choose_attention(config.model, whole_sequences(mesh)))
+    config = dataclasses.replace(
+        config, model=choose_attention(config.model, whole_sequences(mesh))
+    )
     checkpoints = Checkpoints(config.out_dir)
     latest = checkpoints.latest()
     if latest is not None:
-        require(config.init_from == "resume", f"out_dir={config.out_dir} holds a run at step {latest}: go on with "
-                "--init_from=resume, or choose another --out_dir")
+        require(
+            config.init_from == "resume",
+            f"out_dir={config.out_dir} holds a run at step {latest}: go on with "
+            "--init_from=resume, or choose another --out_dir",
+        )
         require_same_model(config.out_dir, config.model, meta)
     if latest is None:
         state = TrainState.create(config, params, mesh)
     else:
         state = checkpoints.restore(TrainState.shapes(config, mesh))
     if jax.process_index() == 0:
-        write_atomically(config.out_dir / "config.json", json.dumps(
-            {"model": dataclasses.asdict(saved.model), "train": dataclasses.asdict(saved)}, indent=1, default=str))
+        write_atomically(
+            config.out_dir / "config.json",
+            json.dumps(
+                {"model": dataclasses.asdict(saved.model), "train": dataclasses.asdict(saved)},
+                indent=1,
+                default=str,
+            ),
+        )
         write_atomically(config.out_dir / "meta.json", json.dumps(meta, indent=1))
     return config, state, checkpoints
 
@@ -309,12 +396,22 @@ def train(config: TrainConfig) -> int:
     config, state, checkpoints = start(config, meta, connect(config))
     step = first = int(state.step)
     schedule, log = learning_rate_schedule(config), Log(config, step)
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    tokens_per_step = (
+        config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    )
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    log.say(f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
-            f"{config.model.dtype}, {config.model.training_attention} attention, {describe(state.mesh)}; "
-            f"step {step} of {config.max_iters}")
-    bar = tqdm(total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=log.silent or None)
+    log.say(
+        f"{config.model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens an update, "
+        f"{config.model.dtype}, {config.model.training_attention} attention, {describe(state.mesh)}; "
+        f"step {step} of {config.max_iters}"
+    )
+    bar = tqdm(
+        total=config.max_iters,
+        initial=step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=log.silent or None,
+    )
 
     def evaluate() -> float:
         losses = estimate_loss(state, config, files)
@@ -342,15 +439,28 @@ def train(config: TrainConfig) -> int:
                 loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
                 rate = (step - timed) * tokens_per_step / (time.perf_counter() - since)
                 since, timed = time.perf_counter(), step
-                row = {"loss": loss, "lr": float(schedule(step - 1)), "grad_norm": grad_norm, "tokens_per_s": round(rate)}
+                row = {
+                    "loss": loss,
+                    "lr": float(schedule(step - 1)),
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": round(rate),
+                }
                 if peak:
                     row["mfu"] = rate * config.model.flops_per_token / (peak * state.mesh.size)
                 log.write(step, **row)
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
-                require(math.isfinite(loss), f"the loss is {loss} at step {step}: resume with a lower learning_rate "
-                        f"(now {config.learning_rate})")
+                bar.set_postfix_str(
+                    f"loss {loss:.4f}, {rate:,.0f} tokens/s"
+                    + (f", MFU {row['mfu']:.1%}" if peak else "")
+                )
+                require(
+                    math.isfinite(loss),
+                    f"the loss is {loss} at step {step}: resume with a lower learning_rate "
+                    f"(now {config.learning_rate})",
+                )
             evaluated = step % config.eval_interval == 0 or step == config.max_iters
-            if jax.process_count() == 1 or step % config.log_interval == 0:  # processes wait for each other to agree
+            if (
+                jax.process_count() == 1 or step % config.log_interval == 0
+            ):  # processes wait for each other to agree
                 received = stop.agreed()
             if evaluated or received:
                 checkpoints.save(state, evaluate() if evaluated else None)
@@ -361,7 +471,9 @@ def train(config: TrainConfig) -> int:
     checkpoints.close()
     log.close()
     if received:
-        log.say(f"stopped by {signal.Signals(received).name}, saved at step {step}; --init_from=resume goes on")
+        log.say(
+            f"stopped by {signal.Signals(received).name}, saved at step {step}; --init_from=resume goes on"
+        )
     return 128 + received if received else 0
 
 

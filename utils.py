@@ -23,14 +23,18 @@ from mesh import Layout, gather, make_mesh, path_name, shardings
 from model import GPT, Params, gpt_graphdef
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=["graphdef", "tx", "mesh"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state"],
+    meta_fields=["graphdef", "tx", "mesh"],
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that training changes, as one pytree that goes into train_step and comes out of it, donated."""
 
-    step: jax.Array   # () int32, updates done
-    params: Params    # float32
-    opt_state: Any    # of tx, float32
+    step: jax.Array  # () int32, updates done
+    params: Params  # float32
+    opt_state: Any  # of tx, float32
     graphdef: Any = dataclasses.field(repr=False)  # the static half of the model
     tx: optax.GradientTransformation = dataclasses.field(repr=False)
     mesh: Mesh
@@ -46,12 +50,16 @@ class TrainState:
         return jax.lax.with_sharding_constraint(tree, shardings(self.mesh, tree))
 
     @classmethod
-    def create(cls, config: TrainConfig, params: Params | None = None, mesh: Mesh | None = None) -> "TrainState":
+    def create(
+        cls, config: TrainConfig, params: Params | None = None, mesh: Mesh | None = None
+    ) -> "TrainState":
         """Step 0: `params` (on the host) or, without them, parameters initialised from config.seed. On `mesh`, by default one
         device; born sharded: no device ever holds more than its shards."""
         mesh = mesh or make_mesh("data:1", jax.devices()[:1])
         if params:  # each process reads and moves what its devices hold
-            put = lambda a, sharding: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+            put = lambda a, sharding: jax.make_array_from_callback(
+                a.shape, sharding, lambda index: a[index]
+            )
             params = jax.tree.map(put, params, shardings(mesh, params))
         return initial_state(config, mesh, params)
 
@@ -85,7 +93,13 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
         return optax.join_schedules([rise, fall], [warmup])
     flat = warmup + (end - warmup) * 4 // 5
     return optax.join_schedules(
-        [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, config.min_lr, end - flat)], [warmup, flat])
+        [
+            rise,
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, config.min_lr, end - flat),
+        ],
+        [warmup, flat],
+    )
 
 
 def optimizer_group(config: TrainConfig, path: tuple) -> str:
@@ -106,14 +120,22 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     rate = learning_rate_schedule(config)
     adamw = partial(optax.adamw, rate, b1=config.beta1, b2=config.beta2)
     # A stacked kernel is (L, in, out): axis 0 is a batch of matrices.
-    matrices = lambda params: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
+    matrices = lambda params: jax.tree.map(
+        lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params
+    )
     groups = {
         "decay": adamw(weight_decay=config.weight_decay),
         "no_decay": adamw(weight_decay=0.0),
-        "muon": optax.contrib.muon(rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=matrices,
-                                   consistent_rms=0.2),
+        "muon": optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
+        ),
     }
-    labels = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: optimizer_group(config, path), params)
+    labels = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: optimizer_group(config, path), params
+    )
     clip = [optax.clip_by_global_norm(config.grad_clip)] if config.grad_clip else []
     return optax.chain(*clip, optax.multi_transform(groups, labels))
 
@@ -126,16 +148,29 @@ class Checkpoints:
 
     def __init__(self, out_dir: Path):
         self.directory = Path(out_dir).absolute() / "checkpoints"
-        keep = checkpoint_managers.AnyPreservationPolicy([
-            checkpoint_managers.LatestN(1),
-            checkpoint_managers.BestN(get_metric_fn=lambda m: m["val_loss"], reverse=True, n=1,
-                                      keep_checkpoints_without_metrics=False),
-        ])
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda m: m["val_loss"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
         self.trash = self.directory / "deleted"
         self.empty_trash()
-        self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-            preservation_policy=keep, todelete_subdir=self.trash.name, cleanup_tmp_directories=True,
-            best_fn=lambda m: m["val_loss"], best_mode="min"))
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep,
+                todelete_subdir=self.trash.name,
+                cleanup_tmp_directories=True,
+                best_fn=lambda m: m["val_loss"],
+                best_mode="min",
+            ),
+        )
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
@@ -146,8 +181,14 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
-        self.manager.save(step, metrics=None if val_loss is None else {"val_loss": float(val_loss)}, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)))
+        self.manager.save(
+            step,
+            metrics=None if val_loss is None else {"val_loss": float(val_loss)},
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+            ),
+        )
         self.empty_trash()
 
     def empty_trash(self) -> None:
@@ -158,9 +199,15 @@ class Checkpoints:
         """The newest checkpoint, in the shapes, dtypes and shardings of `state` (see TrainState.shapes): the mesh need not be the
         one that saved it."""
         step = self.latest()
-        abstract = lambda tree: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
-        got = self.manager.restore(step, args=ocp.args.Composite(
-            params=abstract(state.params), opt_state=abstract(state.opt_state)))
+        abstract = lambda tree: ocp.args.StandardRestore(
+            jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+        )
+        got = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=abstract(state.params), opt_state=abstract(state.opt_state)
+            ),
+        )
         step = jax.device_put(np.int32(step), state.step.sharding)
         return dataclasses.replace(state, step=step, params=got.params, opt_state=got.opt_state)
 
@@ -183,9 +230,15 @@ def open_model(config: ModelConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
         model, tok, step = load_model(config.out_dir, config.dtype)
         return model, tok, f"step {step} of {config.out_dir}"
     dtype = {"dtype": config.dtype} if config.dtype else {}
-    model, tok = GPT.from_pretrained(config.init_from, **dtype), pretrained.load_tokenizer(config.init_from)
-    require(tok.vocab_size <= model.config.vocab_size, f"the tokenizer of {config.init_from} has {tok.vocab_size} tokens, the "
-            f"model only {model.config.vocab_size}")
+    model, tok = (
+        GPT.from_pretrained(config.init_from, **dtype),
+        pretrained.load_tokenizer(config.init_from),
+    )
+    require(
+        tok.vocab_size <= model.config.vocab_size,
+        f"the tokenizer of {config.init_from} has {tok.vocab_size} tokens, the "
+        f"model only {model.config.vocab_size}",
+    )
     return model, tok, config.init_from
 
 
@@ -193,27 +246,55 @@ def load_model(out_dir: Path, dtype: str | None = None):
     """The best checkpoint of a run (the latest, if none was evaluated) as (GPT, tokenizer, step)."""
     out_dir = Path(out_dir)
     for name in ("config.json", "meta.json", "checkpoints"):
-        require((out_dir / name).exists(), f"out_dir={out_dir} holds no trained model: there is no {out_dir / name}")
+        require(
+            (out_dir / name).exists(),
+            f"out_dir={out_dir} holds no trained model: there is no {out_dir / name}",
+        )
     config = GPTConfig(**json.loads((out_dir / "config.json").read_text())["model"])
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    with ocp.CheckpointManager((out_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
-            create=False, best_fn=lambda m: m["val_loss"], best_mode="min")) as manager:
+    with ocp.CheckpointManager(
+        (out_dir / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(
+            create=False, best_fn=lambda m: m["val_loss"], best_mode="min"
+        ),
+    ) as manager:
         step = manager.best_step() if manager.best_step() is not None else manager.latest_step()
         require(step is not None, f"out_dir={out_dir} holds no complete checkpoint yet")
         shapes = jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).params())
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
-        params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes))).params
-    return GPT.from_params(config, params), tokenizer.from_meta(json.loads((out_dir / "meta.json").read_text())), step
+        shapes = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes
+        )
+        params = manager.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+        ).params
+    return (
+        GPT.from_params(config, params),
+        tokenizer.from_meta(json.loads((out_dir / "meta.json").read_text())),
+        step,
+    )
 
 
 def require_same_model(out_dir: Path, config: GPTConfig, meta: dict) -> None:
     """Raise ValueError if the run in out_dir has another model shape or another tokenizer than config and meta say."""
     saved = json.loads((out_dir / "config.json").read_text())["model"]
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "layer_norm_epsilon",
-                 "vocab_multiple"):
-        require(saved[name] == getattr(config, name),
-                f"{name}={getattr(config, name)}, but the run in out_dir={out_dir} has {name}={saved[name]}")
+    for name in (
+        "block_size",
+        "vocab_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "bias",
+        "activation",
+        "layer_norm_epsilon",
+        "vocab_multiple",
+    ):
+        require(
+            saved[name] == getattr(config, name),
+            f"{name}={getattr(config, name)}, but the run in out_dir={out_dir} has {name}={saved[name]}",
+        )
     saved = json.loads((out_dir / "meta.json").read_text())
-    require(tokenizer.from_meta(saved).meta() == tokenizer.from_meta(meta).meta(),
-            f"the data has another tokenizer than the run in out_dir={out_dir}")
+    require(
+        tokenizer.from_meta(saved).meta() == tokenizer.from_meta(meta).meta(),
+        f"the data has another tokenizer than the run in out_dir={out_dir}",
+    )

@@ -27,7 +27,9 @@ class Job:
 
     Outputs wait here for their reader, at most max_tokens of them for each sample: a slow one cannot fill the memory."""
 
-    def __init__(self, request_id: str, prompts: list[list[int]], params: SamplingParams, stream: bool):
+    def __init__(
+        self, request_id: str, prompts: list[list[int]], params: SamplingParams, stream: bool
+    ):
         self.request_id = request_id
         self.prompts, self.params, self.stream = prompts, params, stream
         self.ids: list[int] = []  # the engine's, one per prompt
@@ -68,11 +70,11 @@ class Worker(threading.Thread):
         # Shared between the threads; `wake` guards inbox, queued and stats.
         self.wake = threading.Condition()
         self.inbox: list[Callable[[], None]] = []
-        self.queued = 0                           # prompts in the inbox, and those taken from it since the last step
-        self.stats: Stats | None = None           # as of the last step; None until the engine is warm
+        self.queued = 0  # prompts in the inbox, and those taken from it since the last step
+        self.stats: Stats | None = None  # as of the last step; None until the engine is warm
         self.step_began: float | None = None
         self.stopping = False
-        self.error: BaseException | None = None   # what ended the thread
+        self.error: BaseException | None = None  # what ended the thread
         # The engine thread's own.
         self.engine: Engine | None = None
         self.jobs: dict[int, tuple[Job, int]] = {}  # by the engine's id
@@ -95,7 +97,9 @@ class Worker(threading.Thread):
         if self.stats is None:
             return "the model is warming up"
         if began is not None and time.monotonic() - began > self.config.step_timeout:
-            return f"the engine's step has taken more than step_timeout={self.config.step_timeout} s"
+            return (
+                f"the engine's step has taken more than step_timeout={self.config.step_timeout} s"
+            )
         return None
 
     def check(self) -> None:
@@ -109,8 +113,12 @@ class Worker(threading.Thread):
         with self.wake:
             waiting, limit = self.stats.waiting + self.queued, self.config.max_waiting
             if waiting + len(job.prompts) > limit:
-                raise APIError(429, f"{waiting} prompts are waiting, and the limit is {limit}: try again later",
-                               code="queue_full", headers={"Retry-After": "1"})
+                raise APIError(
+                    429,
+                    f"{waiting} prompts are waiting, and the limit is {limit}: try again later",
+                    code="queue_full",
+                    headers={"Retry-After": "1"},
+                )
             self.queued += len(job.prompts)
             self.command(partial(self._add, job))
         self.open.add(job)
@@ -185,7 +193,11 @@ class Worker(threading.Thread):
                 self.step_began = None
                 self._look(taken)
                 if outputs:
-                    self._post(self._deliver, time.perf_counter(), [(*self.jobs[out.request_id], out) for out in outputs])
+                    self._post(
+                        self._deliver,
+                        time.perf_counter(),
+                        [(*self.jobs[out.request_id], out) for out in outputs],
+                    )
                 for ended in {out.request_id for out in outputs} - self.engine.requests.keys():
                     del self.jobs[ended]
         except BaseException as e:
@@ -230,21 +242,91 @@ class Metrics:
     """What Prometheus reads at /metrics, under vLLM's names, so that dashboards made for it work."""
 
     def __init__(self, model_name: str):
-        self.registry, self.labels = prometheus_client.CollectorRegistry(), {"model_name": model_name}
+        self.registry, self.labels = (
+            prometheus_client.CollectorRegistry(),
+            {"model_name": model_name},
+        )
         self.stats: Callable[[], tuple[Stats, int] | None] = lambda: None
         self.registry.register(self)
 
         def histogram(name: str, text: str, *buckets: float) -> prometheus_client.Histogram:
-            return prometheus_client.Histogram(f"vllm:{name}", text, list(self.labels), buckets=buckets,
-                                               registry=self.registry).labels(**self.labels)
-        self.time_to_first_token = histogram("time_to_first_token_seconds", "from the request's arrival", .001, .005, .01, .02,
-                                             .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-        self.inter_token_latency = histogram("inter_token_latency_seconds", "between the tokens of a sample", .005, .01, .025,
-                                             .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 10)
-        self.e2e_latency = histogram("e2e_request_latency_seconds", "of a sample, from the request's arrival to its end", .1, .3,
-                                     .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
-        self.success = prometheus_client.Counter("vllm:request_success", "samples that have ended",
-                                                 [*self.labels, "finished_reason"], registry=self.registry)
+            return prometheus_client.Histogram(
+                f"vllm:{name}", text, list(self.labels), buckets=buckets, registry=self.registry
+            ).labels(**self.labels)
+
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds",
+            "from the request's arrival",
+            0.001,
+            0.005,
+            0.01,
+            0.02,
+            0.04,
+            0.06,
+            0.08,
+            0.1,
+            0.25,
+            0.5,
+            0.75,
+            1,
+            2.5,
+            5,
+            7.5,
+            10,
+            20,
+            40,
+            80,
+            160,
+        )
+        self.inter_token_latency = histogram(
+            "inter_token_latency_seconds",
+            "between the tokens of a sample",
+            0.005,
+            0.01,
+            0.025,
+            0.05,
+            0.075,
+            0.1,
+            0.15,
+            0.2,
+            0.3,
+            0.4,
+            0.5,
+            0.75,
+            1,
+            2.5,
+            5,
+            10,
+        )
+        self.e2e_latency = histogram(
+            "e2e_request_latency_seconds",
+            "of a sample, from the request's arrival to its end",
+            0.1,
+            0.3,
+            0.5,
+            0.8,
+            1,
+            1.5,
+            2,
+            2.5,
+            5,
+            10,
+            15,
+            20,
+            30,
+            40,
+            50,
+            60,
+            120,
+            240,
+            480,
+        )
+        self.success = prometheus_client.Counter(
+            "vllm:request_success",
+            "samples that have ended",
+            [*self.labels, "finished_reason"],
+            registry=self.registry,
+        )
 
     def observe(self, job: Job, prompt: int, out: Output, now: float) -> None:
         key = prompt, out.index
@@ -270,12 +352,33 @@ class Metrics:
         def add(family: type, name: str, text: str, value: float) -> None:
             families.append(family(f"vllm:{name}", text, labels=list(self.labels)))
             families[-1].add_metric(list(self.labels.values()), value)
+
         add(GaugeMetricFamily, "num_requests_running", "sequences in the batch", stats.running)
-        add(GaugeMetricFamily, "num_requests_waiting", "sequences in the queue", stats.waiting + queued)
-        add(GaugeMetricFamily, "kv_cache_usage_perc", "pages held; 1 is all of them", stats.pages_held / stats.pages)
-        add(CounterMetricFamily, "prefix_cache_queries", "prompt tokens looked up in the prefix cache", stats.queried_tokens)
+        add(
+            GaugeMetricFamily,
+            "num_requests_waiting",
+            "sequences in the queue",
+            stats.waiting + queued,
+        )
+        add(
+            GaugeMetricFamily,
+            "kv_cache_usage_perc",
+            "pages held; 1 is all of them",
+            stats.pages_held / stats.pages,
+        )
+        add(
+            CounterMetricFamily,
+            "prefix_cache_queries",
+            "prompt tokens looked up in the prefix cache",
+            stats.queried_tokens,
+        )
         add(CounterMetricFamily, "prefix_cache_hits", "prompt tokens found there", stats.hit_tokens)
-        add(CounterMetricFamily, "num_preemptions", "sequences moved to host memory", stats.preemptions)
+        add(
+            CounterMetricFamily,
+            "num_preemptions",
+            "sequences moved to host memory",
+            stats.preemptions,
+        )
         add(CounterMetricFamily, "prompt_tokens", "prompt tokens computed", stats.prompt_tokens)
         add(CounterMetricFamily, "generation_tokens", "tokens generated", stats.generation_tokens)
         return families

@@ -29,21 +29,46 @@ from mesh import Layout, batch_sharding, make_mesh, put_batch
 from train import train_step
 from utils import TrainState
 
-BASE = TrainConfig(model=GPTConfig(block_size=32, vocab_size=250, n_layer=4, n_head=4, n_embd=32, bias=True), batch_size=16,
-                   warmup_iters=2, max_iters=100, learning_rate=3e-4)
+BASE = TrainConfig(
+    model=GPTConfig(block_size=32, vocab_size=250, n_layer=4, n_head=4, n_embd=32, bias=True),
+    batch_size=16,
+    warmup_iters=2,
+    max_iters=100,
+    learning_rate=3e-4,
+)
 PLAIN, EVERYTHING = {}, dict(dropout=0.1, remat=True, gradient_accumulation_steps=2, loss_chunks=4)
 OPTIONS = [PLAIN, EVERYTHING]
-LAYOUTS = ["data:8", "fsdp:8", "tensor:4", "layers:4", "context:4", "context:8", "data:2,fsdp:4", "data:2,tensor:4", "data:2,layers:4",
-           "data:2,context:4", "fsdp:2,tensor:4", "fsdp:2,layers:4", "fsdp:4,context:2", "layers:2,tensor:4", "layers:4,context:2",
-           "tensor:2,context:4", "data:2,fsdp:2,tensor:2", "data:2,fsdp:2,layers:2", "data:2,layers:2,context:2",
-           "fsdp:2,layers:2,tensor:2", "fsdp:2,context:2,tensor:2", "layers:2,context:2,tensor:2"]
+LAYOUTS = [
+    "data:8",
+    "fsdp:8",
+    "tensor:4",
+    "layers:4",
+    "context:4",
+    "context:8",
+    "data:2,fsdp:4",
+    "data:2,tensor:4",
+    "data:2,layers:4",
+    "data:2,context:4",
+    "fsdp:2,tensor:4",
+    "fsdp:2,layers:4",
+    "fsdp:4,context:2",
+    "layers:2,tensor:4",
+    "layers:4,context:2",
+    "tensor:2,context:4",
+    "data:2,fsdp:2,tensor:2",
+    "data:2,fsdp:2,layers:2",
+    "data:2,layers:2,context:2",
+    "fsdp:2,layers:2,tensor:2",
+    "fsdp:2,context:2,tensor:2",
+    "layers:2,context:2,tensor:2",
+]
 
 
 class Result(NamedTuple):
-    losses: np.ndarray      # (steps,)
+    losses: np.ndarray  # (steps,)
     grad_norms: np.ndarray  # (steps,)
     params: dict
-    state_bytes: int        # parameters and optimizer state on the device that holds most of them
+    state_bytes: int  # parameters and optimizer state on the device that holds most of them
     state: TrainState
 
 
@@ -60,7 +85,9 @@ def configure(**options) -> TrainConfig:
 
 def mesh_of(layout: str) -> jax.sharding.Mesh:
     """On the first of the devices, as many as it needs."""
-    return make_mesh(layout, jax.devices()[:math.prod(int(part.split(":")[1]) for part in layout.split(","))])
+    return make_mesh(
+        layout, jax.devices()[: math.prod(int(part.split(":")[1]) for part in layout.split(","))]
+    )
 
 
 @lru_cache(maxsize=None)
@@ -79,17 +106,36 @@ def compiled_step(layout: str, config: TrainConfig) -> jax.stages.Compiled:
     return train_step.lower(TrainState.shapes(config, mesh), batch, config).compile()
 
 
-def train_on(layout: str, config: TrainConfig, steps: int = 5, state: TrainState | None = None) -> Result:
+def train_on(
+    layout: str, config: TrainConfig, steps: int = 5, state: TrainState | None = None
+) -> Result:
     """Updates up to `steps`, from `state` or the first one."""
-    state, step, losses, grad_norms = state or TrainState.create(config, mesh=mesh_of(layout)), compiled_step(layout, config), [], []
-    for batch in batches(config, steps)[int(state.step):]:
-        state, metrics = step(state, put_batch(state.mesh, batch.shape, lambda rows: batch[:, rows]))
+    state, step, losses, grad_norms = (
+        state or TrainState.create(config, mesh=mesh_of(layout)),
+        compiled_step(layout, config),
+        [],
+        [],
+    )
+    for batch in batches(config, steps)[int(state.step) :]:
+        state, metrics = step(
+            state, put_batch(state.mesh, batch.shape, lambda rows: batch[:, rows])
+        )
         losses.append(float(metrics["loss"]))
         grad_norms.append(float(metrics["grad_norm"]))
     held = dict.fromkeys(state.mesh.devices.flat, 0)
-    for shard in (shard for array in jax.tree.leaves((state.params, state.opt_state)) for shard in array.addressable_shards):
+    for shard in (
+        shard
+        for array in jax.tree.leaves((state.params, state.opt_state))
+        for shard in array.addressable_shards
+    ):
         held[shard.device] += shard.data.nbytes
-    return Result(np.array(losses), np.array(grad_norms), jax.device_get(state.params), max(held.values()), state)
+    return Result(
+        np.array(losses),
+        np.array(grad_norms),
+        jax.device_get(state.params),
+        max(held.values()),
+        state,
+    )
 
 
 @lru_cache(maxsize=None)
@@ -99,40 +145,80 @@ def on_one_device(config: TrainConfig) -> Result:
 
 def difference(a: Result, b: Result) -> Difference:
     relative = lambda x, y: float(np.abs(x / y - 1).max())
-    params = max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a.params, b.params)))
+    params = max(
+        jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a.params, b.params))
+    )
     return Difference(relative(a.losses, b.losses), relative(a.grad_norms, b.grad_norms), params)
 
 
 def compare(layouts: list[str]) -> None:
-    print("| mesh | loss | gradient norm | parameters | state bytes, of one device's |\n|---|---|---|---|---|")
+    print(
+        "| mesh | loss | gradient norm | parameters | state bytes, of one device's |\n|---|---|---|---|---|"
+    )
     for layout in layouts:
-        ones, results = zip(*((on_one_device(config), train_on(layout, config)) for config in (configure(**o) for o in OPTIONS)))
+        ones, results = zip(
+            *(
+                (on_one_device(config), train_on(layout, config))
+                for config in (configure(**o) for o in OPTIONS)
+            )
+        )
         worst = np.max([difference(result, one) for result, one in zip(results, ones)], axis=0)
         share = ones[0].state_bytes / results[0].state_bytes
-        print(f"| `{layout}` |", " | ".join(f"{d:.0e}" for d in worst), f"| 1 / {share:.2f} |", flush=True)
+        print(
+            f"| `{layout}` |",
+            " | ".join(f"{d:.0e}" for d in worst),
+            f"| 1 / {share:.2f} |",
+            flush=True,
+        )
 
 
 def axes() -> None:
     """The last row is "layers" without pipeline(): the same scan as on the other axes, over a stack sharded along its layers."""
     gb = lambda n: f"{n / 1e9:.2f}"
     kinds = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
-    print("| mesh | state | temporary | FLOPs, of one device's |", " | ".join(kinds), "|\n" + "|---" * (4 + len(kinds)) + "|")
+    print(
+        "| mesh | state | temporary | FLOPs, of one device's |",
+        " | ".join(kinds),
+        "|\n" + "|---" * (4 + len(kinds)) + "|",
+    )
     gpt2 = TRAIN_PRESETS["gpt2"]
-    config = dataclasses.replace(gpt2, batch_size=16, gradient_accumulation_steps=1, model=dataclasses.replace(gpt2.model, remat=True))
+    config = dataclasses.replace(
+        gpt2,
+        batch_size=16,
+        gradient_accumulation_steps=1,
+        model=dataclasses.replace(gpt2.model, remat=True),
+    )
     pipelined, alone = Layout.stages, None
-    for layout in ("data:1", "data:4", "fsdp:4", "tensor:4", "context:4", "layers:4", "layers:4 without pipeline"):
+    for layout in (
+        "data:1",
+        "data:4",
+        "fsdp:4",
+        "tensor:4",
+        "context:4",
+        "layers:4",
+        "layers:4 without pipeline",
+    ):
         Layout.stages = pipelined if "without" not in layout else lambda self, rows: (1, 1)
         jax.clear_caches()
         mesh = mesh_of(layout.split()[0])
         state = TrainState.shapes(config, mesh)
-        batch = jax.ShapeDtypeStruct((1, config.batch_size, config.model.block_size + 1), np.int32, sharding=batch_sharding(mesh, 3))
+        batch = jax.ShapeDtypeStruct(
+            (1, config.batch_size, config.model.block_size + 1),
+            np.int32,
+            sharding=batch_sharding(mesh, 3),
+        )
         compiled = train_step.lower(state, batch, config).compile()
         flops, sent = matmul_flops(compiled.as_text()), collections.Counter()
         alone = alone or flops
         for (kind, _, size), times in collective_ops(compiled.as_text()).items():
             sent[kind] += times * size
-        print(f"| `{layout}` | {gb(shard_bytes((state.params, state.opt_state)))} | {gb(compiled.memory_analysis().temp_size_in_bytes)} |",
-              f"1 / {alone / flops:.2f} |", " | ".join(gb(sent[kind]) if sent[kind] else "-" for kind in kinds), "|", flush=True)
+        print(
+            f"| `{layout}` | {gb(shard_bytes((state.params, state.opt_state)))} | {gb(compiled.memory_analysis().temp_size_in_bytes)} |",
+            f"1 / {alone / flops:.2f} |",
+            " | ".join(gb(sent[kind]) if sent[kind] else "-" for kind in kinds),
+            "|",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

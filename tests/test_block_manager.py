@@ -19,8 +19,8 @@ class Device:
 
     def __init__(self, num_pages: int):
         self.blocks = BlockManager(num_pages, P)
-        self.slots = {}     # (page, slot) -> ("prefill" or "decode", tokens so far)
-        self.seqs = {}      # name -> [prompt, tokens, computed]
+        self.slots = {}  # (page, slot) -> ("prefill" or "decode", tokens so far)
+        self.seqs = {}  # name -> [prompt, tokens, computed]
 
     def open(self, name, prompt, use_cache=True):
         hit = self.blocks.open(name, prompt, use_cache)
@@ -32,10 +32,16 @@ class Device:
         prompt, tokens, computed = self.seqs[name]
         prefilling = computed < len(prompt)
         end = min(computed - computed % P + most, len(prompt)) if prefilling else computed + 1
-        before = copy.deepcopy(self.blocks.tables), list(self.blocks.free_queue), list(self.blocks.refs)
+        before = (
+            copy.deepcopy(self.blocks.tables),
+            list(self.blocks.free_queue),
+            list(self.blocks.refs),
+        )
         copies = self.blocks.write(name, computed, end)
         if copies is None:
-            assert before == (self.blocks.tables, list(self.blocks.free_queue), self.blocks.refs), "None changed something"
+            assert before == (self.blocks.tables, list(self.blocks.free_queue), self.blocks.refs), (
+                "None changed something"
+            )
             return False
         for source, target in copies:
             for slot in range(P):
@@ -44,7 +50,10 @@ class Device:
             tokens.append(token)
         for i in range(computed, end):
             page = self.blocks.tables[name][i // P]
-            self.slots[page, i % P] = ("prefill" if prefilling else "decode", tuple(tokens[:i + 1]))
+            self.slots[page, i % P] = (
+                "prefill" if prefilling else "decode",
+                tuple(tokens[: i + 1]),
+            )
         self.seqs[name][2] = end
         if prefilling:
             self.blocks.filled(name, prompt, end)
@@ -64,7 +73,10 @@ class Device:
         for name, (prompt, tokens, computed) in self.seqs.items():
             for i in range(computed):
                 held = self.slots[self.blocks.tables[name][i // P], i % P]
-                assert held == ("prefill" if i < len(prompt) else "decode", tuple(tokens[:i + 1])), f"{name} lost position {i}"
+                assert held == (
+                    "prefill" if i < len(prompt) else "decode",
+                    tuple(tokens[: i + 1]),
+                ), f"{name} lost position {i}"
         if not self.seqs:
             assert self.blocks.num_free == self.blocks.num_pages - 1, "pages leaked"
 
@@ -118,7 +130,15 @@ def test_every_interleaving_of_three_requests_on_four_pages():
     def explore(device, left):
         nonlocal ends
         device.check()
-        state = repr((left, device.seqs, device.blocks.tables, list(device.blocks.free_queue), sorted(device.blocks.page_of.values())))
+        state = repr(
+            (
+                left,
+                device.seqs,
+                device.blocks.tables,
+                list(device.blocks.free_queue),
+                sorted(device.blocks.page_of.values()),
+            )
+        )
         if state in seen:
             return
         seen.add(state)
@@ -171,7 +191,9 @@ def test_eviction_takes_what_caches_nothing_then_the_prefix_held_longest_ago_and
     """Catches eviction while other pages are free, by age of computation, and of starts, without which ends are unreachable."""
     device = Device(7)
     for name in "ab":
-        prefilled(device, name, [ord(name)] * 5)  # two full pages, which are cached, and one that is not
+        prefilled(
+            device, name, [ord(name)] * 5
+        )  # two full pages, which are cached, and one that is not
     device.free("a"), device.free("b")
     device.open("a", [ord("a")] * 5), device.free("a")  # a is now the one held last
     prefilled(device, "c", [0]), device.free("c")
@@ -179,7 +201,10 @@ def test_eviction_takes_what_caches_nothing_then_the_prefix_held_longest_ago_and
         branch = copy.deepcopy(device)
         branch.open("d", [0] * tokens)
         assert branch.blocks.write("d", 0, tokens) == []
-        assert (branch.blocks.open("b", [ord("b")] * 5), branch.blocks.open("a", [ord("a")] * 5)) == (left_of_b, left_of_a)
+        assert (
+            branch.blocks.open("b", [ord("b")] * 5),
+            branch.blocks.open("a", [ord("a")] * 5),
+        ) == (left_of_b, left_of_a)
 
 
 def test_fork_copies_only_the_page_it_writes_and_only_while_shared():
@@ -197,8 +222,13 @@ def test_fork_copies_only_the_page_it_writes_and_only_while_shared():
 
 def test_broken_books_are_noticed():
     """Catches a check() that checks nothing."""
-    for breakage in (lambda b: b.refs.__setitem__(1, 5), lambda b: b.free_queue.popitem(), lambda b: b.tables["a"].append(0),
-                     lambda b: b.page_of.clear(), lambda b: b.tables["a"].append(b.tables["a"][0])):
+    for breakage in (
+        lambda b: b.refs.__setitem__(1, 5),
+        lambda b: b.free_queue.popitem(),
+        lambda b: b.tables["a"].append(0),
+        lambda b: b.page_of.clear(),
+        lambda b: b.tables["a"].append(b.tables["a"][0]),
+    ):
         device = Device(9)
         prefilled(device, "a", [1, 1, 2])
         breakage(device.blocks)

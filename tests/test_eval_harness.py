@@ -37,12 +37,22 @@ def directory(tmp_path_factory) -> Path:
     end = bpe.token_to_id(EOT)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=40, vocab_size=290,
-                                     initializer_range=0.3, bos_token_id=end, eos_token_id=end)
+    config = transformers.GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=40,
+        vocab_size=290,
+        initializer_range=0.3,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(path)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
-    pretrained.save_json(path / "tokenizer_config.json",
-                         {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 40, **special})
+    pretrained.save_json(
+        path / "tokenizer_config.json",
+        {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 40, **special},
+    )
     return path
 
 
@@ -55,12 +65,16 @@ def ours(directory):
 def theirs(directory):
     # Without logits_cache: lm-eval 0.4.13 takes a shared logit from the wrong place where "a b" + "c" meets
     # "a" + "b c".
-    return HFLM(pretrained=str(directory), device="cpu", batch_size=4, dtype="float32", logits_cache=False)
+    return HFLM(
+        pretrained=str(directory), device="cpu", batch_size=4, dtype="float32", logits_cache=False
+    )
 
 
 def ask(method, args: list[tuple]) -> list:
     """What a model's method says to requests with these arguments."""
-    return method([Instance(method.__name__, {}, a, i) for i, a in enumerate(args)], disable_tqdm=True)
+    return method(
+        [Instance(method.__name__, {}, a, i) for i, a in enumerate(args)], disable_tqdm=True
+    )
 
 
 def assert_same(got: list[tuple[float, bool]], want: list[tuple[float, bool]]) -> None:
@@ -72,9 +86,20 @@ def test_loglikelihood_equals_hf(ours, theirs):
     """Catches a token that is off by one at a context's end, a context that loses the wrong end, and branches
     of a trie that see each other."""
     words = TEXT.split()
-    args = [("the naive", " approach"), ("the naive", " approach is"), ("the naive", " one"), ("the naive ", "one"),
-            ("", "the"), ("the naive", " approach"), ("", TEXT[:30]), (TEXT * 3, " the other"),
-            (TEXT * 3, " the naive one"), (TEXT * 3, " é世界"), ("a", TEXT[:60]), ("é", "\n\n")]
+    args = [
+        ("the naive", " approach"),
+        ("the naive", " approach is"),
+        ("the naive", " one"),
+        ("the naive ", "one"),
+        ("", "the"),
+        ("the naive", " approach"),
+        ("", TEXT[:30]),
+        (TEXT * 3, " the other"),
+        (TEXT * 3, " the naive one"),
+        (TEXT * 3, " é世界"),
+        ("a", TEXT[:60]),
+        ("é", "\n\n"),
+    ]
     args += [(" ".join(words[:i]), " " + word) for i in range(1, 12) for word in words[:5]]
     assert_same(ask(ours.loglikelihood, args), ask(theirs.loglikelihood, args))
 
@@ -86,8 +111,13 @@ def test_likeliest_and_longest_continuations(ours, theirs):
     tokens = rng.integers(1, 280, 60).tolist()
     context, other = tokens[:5], [7]
     likely = ours.model.generate([context, context + other], 4, temperature=0)
-    pairs = [(None, tokens[:1], tokens[1:41]), (None, tokens[:20], tokens[20:60]), (None, context, likely[0][5:]),
-             (None, context, likely[0][5:8] + other), (None, context, likely[1][5:])]
+    pairs = [
+        (None, tokens[:1], tokens[1:41]),
+        (None, tokens[:20], tokens[20:60]),
+        (None, context, likely[0][5:]),
+        (None, context, likely[0][5:8] + other),
+        (None, context, likely[1][5:]),
+    ]
     pairs += [(None, other, [token]) for token in range(100)]  # more targets than places in a row
     want = theirs._loglikelihood_tokens(pairs, True)
     assert [greedy for _, greedy in want[:5]] == [False, False, True, False, False]
@@ -111,13 +141,18 @@ def test_generation_equals_hf(ours, theirs):
     out of order."""
     plain = ask(theirs.generate_until, [("the naive", {"until": [], "max_gen_toks": 20})])[0]
     stop = plain[6:9]  # occurs in what is generated
-    args = [(context, {"until": until, "max_gen_toks": n})
-            for until, n in ((["zzz"], 9), ([stop, "zzz"], 20), (stop, 20))
-            for context in ("the naive", "so", TEXT, TEXT * 2, "one,")]
+    args = [
+        (context, {"until": until, "max_gen_toks": n})
+        for until, n in ((["zzz"], 9), ([stop, "zzz"], 20), (stop, 20))
+        for context in ("the naive", "so", TEXT, TEXT * 2, "one,")
+    ]
     got = ask(ours.generate_until, args)
     assert got == ask(theirs.generate_until, args)
     assert plain.startswith(got[5]) and stop not in got[5] and len(got[5]) < len(plain)
-    for wrong, word in (({"max_gen_toks": 40}, "block_size=40"), ({"num_beams": 4, "max_gen_toks": 4}, "num_beams")):
+    for wrong, word in (
+        ({"max_gen_toks": 40}, "block_size=40"),
+        ({"num_beams": 4, "max_gen_toks": 4}, "num_beams"),
+    ):
         with pytest.raises(ValueError, match=word):
             ask(ours.generate_until, [("so", wrong)])
 
@@ -129,33 +164,40 @@ def test_sampling_follows_the_seed_and_the_temperature(ours):
     texts = ask(ours.generate_until, args)
     assert len(set(texts)) == 10 and texts == ask(ours.generate_until, args)
     cold = [("the naive", how | {"temperature": 1e-4})]
-    assert ask(ours.generate_until, cold) == ask(ours.generate_until, [("the naive", {"max_gen_toks": 12})])
+    assert ask(ours.generate_until, cold) == ask(
+        ours.generate_until, [("the naive", {"max_gen_toks": 12})]
+    )
 
 
 def test_a_request_does_not_depend_on_its_neighbours(ours, directory):
     """Catches answers that go to the wrong request, or a pad that is seen."""
     tokens = ours.text.encode(TEXT * 2)
-    pairs = [(None, tokens[:i], tokens[i:i + 5]) for i in range(1, 30, 2)]
+    pairs = [(None, tokens[:i], tokens[i : i + 5]) for i in range(1, 30, 2)]
     together = ours._loglikelihood_tokens(pairs, True)
     one_row = JAXNanoGPT(init_from=str(directory), batch_size=1)
     assert_same(one_row._loglikelihood_tokens(pairs[::-1], True)[::-1], together)
     assert_same([one_row._loglikelihood_tokens([pair], True)[0] for pair in pairs], together)
     one_row.max_length = 5  # a row shorter than the pieces of the head
-    short = [(None, tokens[i:i + 2], tokens[i + 2:i + 5]) for i in range(4)]
+    short = [(None, tokens[i : i + 2], tokens[i + 2 : i + 5]) for i in range(4)]
     assert_same(one_row._loglikelihood_tokens(short, True), ours._loglikelihood_tokens(short, True))
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=30), st.data())
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=30),
+    st.data(),
+)
 @settings(max_examples=100, deadline=None)
 def test_tries_hold_every_sequence(sequences, data):
     """Catches a branch that sees its sibling, a token at the wrong depth, a target that is lost; and nothing
     is computed twice in a row."""
     T, B = 12, 2
-    targets = [data.draw(st.lists(st.integers(3, 9), min_size=1, max_size=len(s))) for s in sequences]
+    targets = [
+        data.draw(st.lists(st.integers(3, 9), min_size=1, max_size=len(s))) for s in sequences
+    ]
     rows = pack(sequences, targets, T)
     seen = []
     for start in range(0, len(rows), B):
-        batch = rows[start:start + B]
+        batch = rows[start : start + B]
         tokens, depth, end, at, wanted = arrays(batch, B)
         visible = np.asarray(Trie.create(jnp.array(depth), jnp.array(end), "float32").visible)
         assert visible.any(-1).all()
@@ -166,10 +208,15 @@ def test_tries_hold_every_sequence(sequences, data):
             assert depth[b][path].tolist() == list(range(len(path)))
             seen.append((i, tokens[b][path].tolist(), target))
         for b, row in enumerate(batch):
-            paths = [tuple(tokens[b][np.flatnonzero(visible[b, t])]) for t in range(len(row.tokens))]
+            paths = [
+                tuple(tokens[b][np.flatnonzero(visible[b, t])]) for t in range(len(row.tokens))
+            ]
             assert len(set(paths)) == len(paths)
-    expected = [(i, s[:len(s) - len(g) + 1 + j], target) for i, (s, g) in enumerate(zip(sequences, targets))
-                for j, target in enumerate(g)]
+    expected = [
+        (i, s[: len(s) - len(g) + 1 + j], target)
+        for i, (s, g) in enumerate(zip(sequences, targets))
+        for j, target in enumerate(g)
+    ]
     assert sorted(seen) == sorted(expected)
 
 
@@ -178,23 +225,52 @@ def tasks(tmp_path_factory) -> Path:
     """A directory with a task of each kind on local data."""
     path = tmp_path_factory.mktemp("tasks")
     words = TEXT.split()
-    docs = [{"question": " ".join(words[i:i + 4]), "choices": [words[i + 4], words[i] + " one", "so on"],
-             "gold": i % 3, "text": " ".join(words[i:] * 3)} for i in range(12)]
+    docs = [
+        {
+            "question": " ".join(words[i : i + 4]),
+            "choices": [words[i + 4], words[i] + " one", "so on"],
+            "gold": i % 3,
+            "text": " ".join(words[i:] * 3),
+        }
+        for i in range(12)
+    ]
     (path / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(path / "docs.jsonl")}},
-              "validation_split": "validation", "fewshot_split": "validation", "metadata": {"version": 1.0}}
-    metric = lambda *names: [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names]
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(path / "docs.jsonl")}},
+        "validation_split": "validation",
+        "fewshot_split": "validation",
+        "metadata": {"version": 1.0},
+    }
+    metric = lambda *names: [
+        {"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names
+    ]
     kinds = {
-        "choice": {"output_type": "multiple_choice", "doc_to_text": "Q: {{question}}\nA:",
-                   "doc_to_target": "{{gold}}", "doc_to_choice": "choices", "metric_list": metric("acc", "acc_norm")},
-        "perplexity": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                       "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
-        "generation": {"output_type": "generate_until", "doc_to_text": "{{question}}",
-                       "doc_to_target": "{{choices[0]}}", "metric_list": metric("exact_match"),
-                       "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}},
+        "choice": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "Q: {{question}}\nA:",
+            "doc_to_target": "{{gold}}",
+            "doc_to_choice": "choices",
+            "metric_list": metric("acc", "acc_norm"),
+        },
+        "perplexity": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+        "generation": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{choices[0]}}",
+            "metric_list": metric("exact_match"),
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        },
     }
     for name, kind in kinds.items():
-        (path / f"{name}.yaml").write_text(yaml.safe_dump({"task": f"local_{name}", **common, **kind}))
+        (path / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": f"local_{name}", **common, **kind})
+        )
     return path
 
 
@@ -204,8 +280,9 @@ def test_the_harness_drives_it_by_name_and_agrees_with_hf(directory, tasks):
 
     def run(model: str, args: str, **more) -> dict:
         manager = TaskManager(include_path=tasks, include_defaults=False)
-        return lm_eval.simple_evaluate(model, args, names, num_fewshot=1, task_manager=manager,
-                                       bootstrap_iters=0, **more)
+        return lm_eval.simple_evaluate(
+            model, args, names, num_fewshot=1, task_manager=manager, bootstrap_iters=0, **more
+        )
 
     got = run("jax-nanogpt", f"init_from={directory}")
     want = run("hf", f"pretrained={directory},dtype=float32", device="cpu", batch_size=4)
@@ -213,31 +290,49 @@ def test_the_harness_drives_it_by_name_and_agrees_with_hf(directory, tasks):
         for metric, value in want["results"][name].items():
             close = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             assert got["results"][name][metric] == close
-        answers, theirs = ([sample["filtered_resps"] for sample in r["samples"][name]] for r in (got, want))
+        answers, theirs = (
+            [sample["filtered_resps"] for sample in r["samples"][name]] for r in (got, want)
+        )
         if name == "local_generation":
             assert answers == theirs
         else:
-            np.testing.assert_allclose(np.array(answers, float), np.array(theirs, float), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(
+                np.array(answers, float), np.array(theirs, float), rtol=1e-5, atol=1e-4
+            )
 
 
 def test_program(directory, tasks, tmp_path, capsys, monkeypatch):
     """Catches a result that is printed but not written, and samples that are left out."""
     monkeypatch.setattr(eval_harness, "TaskManager", partial(TaskManager, include_defaults=False))
     out = tmp_path / "deep" / "results.json"
-    eval_harness.main(EvalConfig(init_from=str(directory), tasks="local_choice,local_perplexity",
-                                 include_path=tasks, limit=5, output_path=out))
+    eval_harness.main(
+        EvalConfig(
+            init_from=str(directory),
+            tasks="local_choice,local_perplexity",
+            include_path=tasks,
+            limit=5,
+            output_path=out,
+        )
+    )
     results = json.loads(out.read_text())
-    assert len(results["samples"]["local_choice"]) == 5 and results["config"]["model_args"]["limit"] == 5
+    assert (
+        len(results["samples"]["local_choice"]) == 5
+        and results["config"]["model_args"]["limit"] == 5
+    )
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("acc_norm", "word_perplexity", str(directory)))
 
 
 def test_task_that_cannot_be_had(monkeypatch):
     """Catches a traceback where a sentence should say which data set is missing and what to do."""
-    monkeypatch.setattr(eval_harness, "TaskManager", lru_cache(TaskManager))  # it reads thousands of files
-    for name, path, words in (("hellaswag", None, ("hellaswag", "Rowan/hellaswag", "--include_path")),
-                              ("helaswag", None, ("helaswag", "lm_eval ls tasks")),
-                              ("hellaswag", Path("nowhere"), ("nowhere",))):
+    monkeypatch.setattr(
+        eval_harness, "TaskManager", lru_cache(TaskManager)
+    )  # it reads thousands of files
+    for name, path, words in (
+        ("hellaswag", None, ("hellaswag", "Rowan/hellaswag", "--include_path")),
+        ("helaswag", None, ("helaswag", "lm_eval ls tasks")),
+        ("hellaswag", Path("nowhere"), ("nowhere",)),
+    ):
         with pytest.raises(ValueError) as e:
             eval_harness.load_tasks([name], path)
         assert all(word in str(e.value) for word in words), e.value

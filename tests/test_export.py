@@ -31,7 +31,9 @@ def test_export_is_the_checkpoint(tmp_path, capsys):
     ours, back = load_model(tmp_path / "run")[0], GPT.from_pretrained(tmp_path / "hf", bias=False)
     assert back.config == ours.config
     rows = lambda params: jax.tree.map(np.asarray, params | {"wte": params["wte"]["embedding"][:5]})
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, rows(ours.params()), rows(back.params()))))
+    assert all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, rows(ours.params()), rows(back.params())))
+    )
     assert pretrained.load_tokenizer(tmp_path / "hf").meta() == tok.meta()
     with pytest.raises(ValueError, match="exists already"):
         export.main(ExportConfig(out_dir=tmp_path / "run", to=tmp_path / "hf"))

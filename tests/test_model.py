@@ -12,8 +12,22 @@ from flax import nnx
 
 import model as model_module
 from config import GPTConfig
-from model import (ACTIVATIONS, GPT, MLP, CausalSelfAttention, KVCache, LayerNorm, Sampling, causal_attention,
-                   choose_attention, dropout, einsum, flash_attention, sample, window_start)
+from model import (
+    ACTIVATIONS,
+    GPT,
+    MLP,
+    CausalSelfAttention,
+    KVCache,
+    LayerNorm,
+    Sampling,
+    causal_attention,
+    choose_attention,
+    dropout,
+    einsum,
+    flash_attention,
+    sample,
+    window_start,
+)
 
 TINY = GPTConfig(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=32)
 
@@ -41,7 +55,9 @@ def test_layer_norm_is_exact_and_stable():
     x = np.random.default_rng(0).normal(size=(4, 32)) + 1000.0
     norm = LayerNorm(dataclasses.replace(TINY, layer_norm_epsilon=0.1))
     norm.scale[...], norm.bias[...] = jnp.arange(32.0), jnp.ones(32)
-    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1) * np.arange(32) + 1
+    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1) * np.arange(
+        32
+    ) + 1
     np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), want, atol=5e-3)
     assert np.isfinite(norm(jnp.full((1, 32), 7.0))).all()
     assert LayerNorm(dataclasses.replace(TINY, bias=False)).bias is None
@@ -54,7 +70,7 @@ def test_the_bits_of_a_norm_do_not_depend_on_how_many_rows_there_are(n_embd):
     x = jax.random.normal(jax.random.key(0), (128, 1, n_embd))
     together = np.asarray(norm(x))
     for rows in (1, 2, 8, 32):
-        few = np.concatenate([norm(x[i:i + rows]) for i in range(0, 128, rows)])
+        few = np.concatenate([norm(x[i : i + rows]) for i in range(0, 128, rows)])
         np.testing.assert_array_equal(few, together, err_msg=f"{rows} rows")
 
 
@@ -66,20 +82,25 @@ def test_mlp_and_attention_against_numpy():
     for linear in (mlp.c_fc, mlp.c_proj, attention.c_attn, attention.c_proj):
         linear.kernel[...] = jnp.asarray(rng.normal(size=linear.kernel.shape) * 0.3, jnp.float32)
         linear.bias[...] = jnp.asarray(rng.normal(size=linear.bias.shape), jnp.float32)
-    w = lambda linear: (np.asarray(linear.kernel[...], np.float64), np.asarray(linear.bias[...], np.float64))
+    w = lambda linear: (
+        np.asarray(linear.kernel[...], np.float64),
+        np.asarray(linear.bias[...], np.float64),
+    )
     apply = lambda x, linear: x @ w(linear)[0] + w(linear)[1]
     hidden = apply(x, mlp.c_fc)
     gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-    np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32)), apply(gelu, mlp.c_proj), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        mlp(jnp.asarray(x, jnp.float32)), apply(gelu, mlp.c_proj), rtol=1e-4, atol=1e-4
+    )
 
     qkv = apply(x, attention.c_attn)
     out = np.zeros((2, 5, 32))
     for b in range(2):
         for h in range(2):
-            q, k, v = (qkv[b, :, i * 32 + h * 16:i * 32 + (h + 1) * 16] for i in range(3))
+            q, k, v = (qkv[b, :, i * 32 + h * 16 : i * 32 + (h + 1) * 16] for i in range(3))
             for t in range(5):
-                p = np.exp(q[t] @ k[:t + 1].T / math.sqrt(16))
-                out[b, t, h * 16:(h + 1) * 16] = p / p.sum() @ v[:t + 1]
+                p = np.exp(q[t] @ k[: t + 1].T / math.sqrt(16))
+                out[b, t, h * 16 : (h + 1) * 16] = p / p.sum() @ v[: t + 1]
     y, cache = attention(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, apply(out, attention.c_proj), rtol=1e-4, atol=1e-4)
     assert cache is None
@@ -138,7 +159,7 @@ def test_a_logit_does_not_feel_later_tokens(gpt, tokens):
     gradient = jax.jit(jax.grad(logit_sum))
     for t in (0, 5, 30):
         size = jnp.abs(gradient(embeddings, t)[0]).sum(-1)
-        assert (size[t + 1:] == 0).all() and (size[:t + 1] > 0).all()
+        assert (size[t + 1 :] == 0).all() and (size[: t + 1] > 0).all()
 
 
 @pytest.mark.parametrize("unstacked", [False, True])
@@ -151,7 +172,7 @@ def test_cached_equals_full(gpt, tokens, chunk, unstacked):
     step = jax.jit(lambda tokens, cache: (gpt.for_inference() if unstacked else gpt)(tokens, cache))
     cache, parts = KVCache.create(TINY, 2, 32), []
     for i in range(0, 32, chunk):
-        logits, cache = step(tokens[:, i:i + chunk], cache)
+        logits, cache = step(tokens[:, i : i + chunk], cache)
         parts.append(logits)
     cached = jnp.concatenate(parts, axis=1)
     assert np.abs(cached - full)[..., :50].max() < 1e-4
@@ -166,7 +187,9 @@ def test_rows_of_a_cache_are_independent(gpt, tokens):
     _, cache = gpt(tokens[:, :11], cache)
     cache = dataclasses.replace(cache, length=jnp.array([5, 11]))  # row 0 forgets 6 tokens
     logits, _ = gpt(jnp.stack([tokens[0, 5:9], tokens[1, 11:15]]), cache)
-    np.testing.assert_allclose(logits[..., :50], jnp.stack([full[0, 5:9], full[1, 11:15]])[..., :50], atol=1e-4)
+    np.testing.assert_allclose(
+        logits[..., :50], jnp.stack([full[0, 5:9], full[1, 11:15]])[..., :50], atol=1e-4
+    )
 
 
 def test_padded_vocabulary_has_no_probability(gpt, tokens):
@@ -195,7 +218,9 @@ def test_layers_of_a_scan_drop_differently():
     config = dataclasses.replace(TINY, dropout=0.5, n_layer=2)
     params = jax.tree.map(jnp.zeros_like, init(config))
     params["h"]["mlp"]["c_proj"]["bias"] += 1.0  # each block adds dropout(1): 0 or 2
-    x, _ = GPT.from_params(config, params).blocks(jnp.zeros((4, 32, 32)), dropout_key=jax.random.key(0))
+    x, _ = GPT.from_params(config, params).blocks(
+        jnp.zeros((4, 32, 32)), dropout_key=jax.random.key(0)
+    )
     counts = {value: float((x == value).mean()) for value in (0.0, 2.0, 4.0)}
     assert abs(counts[2.0] - 0.5) < 0.05, f"equal masks would give 0 or 4 only: {counts}"
 
@@ -213,7 +238,9 @@ def test_chunked_loss_equals_plain(gpt, tokens):
         assert np.abs(a - b).max() <= 1e-6 * max(1, np.abs(a).max())
     logits = np.asarray(gpt(tokens)[0], np.float64)[..., :50]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    want = -np.take_along_axis(logp, np.maximum(targets, 0)[..., None], -1)[..., 0][np.asarray(targets) >= 0].mean()
+    want = -np.take_along_axis(logp, np.maximum(targets, 0)[..., None], -1)[..., 0][
+        np.asarray(targets) >= 0
+    ].mean()
     assert abs(plain - want) < 1e-5
 
 
@@ -224,8 +251,16 @@ def test_chunked_loss_never_holds_all_logits():
     tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
 
     def temporary_bytes(chunks):
-        loss = lambda params, tokens: GPT.from_params(config, params).loss(tokens, tokens, chunks=chunks)
-        return jax.jit(jax.grad(loss)).lower(shapes, tokens).compile().memory_analysis().temp_size_in_bytes
+        loss = lambda params, tokens: GPT.from_params(config, params).loss(
+            tokens, tokens, chunks=chunks
+        )
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(shapes, tokens)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     all_logits = 4 * 256 * 8192 * 4
     assert temporary_bytes(16) < all_logits / 2 < all_logits < temporary_bytes(1)
@@ -234,12 +269,18 @@ def test_chunked_loss_never_holds_all_logits():
 @pytest.mark.parametrize("change", [{"remat": True}, {"scan_unroll": 3}])
 def test_how_it_computes_does_not_change_what(gpt, tokens, change):
     """Catches remat or unrolling that drops a layer or its dropout key."""
+
     def gradient(config):
-        loss = lambda params: GPT.from_params(config, params).loss(tokens, tokens, dropout_key=jax.random.key(3))
+        loss = lambda params: GPT.from_params(config, params).loss(
+            tokens, tokens, dropout_key=jax.random.key(3)
+        )
         return jax.jit(jax.grad(loss))(gpt.params())
 
     config = dataclasses.replace(TINY, dropout=0.3)
-    for a, b in zip(jax.tree.leaves(gradient(config)), jax.tree.leaves(gradient(dataclasses.replace(config, **change)))):
+    for a, b in zip(
+        jax.tree.leaves(gradient(config)),
+        jax.tree.leaves(gradient(dataclasses.replace(config, **change))),
+    ):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
 
 
@@ -249,7 +290,9 @@ def test_bfloat16_matmuls_have_bfloat16_inputs_both_ways():
     loss = lambda x, w: (einsum("bti,io->bto", x, w, "bfloat16") ** 2).sum()
     text = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(dots) == 3 and all(re.search(r": \(tensor<\S+xbf16>, tensor<\S+xbf16>\) -> tensor<\S+xf32>", d) for d in dots), dots
+    assert len(dots) == 3 and all(
+        re.search(r": \(tensor<\S+xbf16>, tensor<\S+xbf16>\) -> tensor<\S+xf32>", d) for d in dots
+    ), dots
     gx, gw = jax.grad(loss, (0, 1))(x, w)
     assert gx.dtype == gw.dtype == jnp.float32
     np.testing.assert_allclose(gw, jax.grad(lambda w: ((x @ w) ** 2).sum())(w), rtol=1e-2)
@@ -259,9 +302,11 @@ def naive_generate(gpt, rows, n):
     """Greedy, without a cache: what generate must equal, its sliding window included."""
     forward = jax.jit(lambda tokens: gpt(tokens)[0].argmax(-1))
     for _ in range(n):
-        contexts = [row[window_start(len(row), TINY.block_size):] for row in rows]
+        contexts = [row[window_start(len(row), TINY.block_size) :] for row in rows]
         likeliest = forward(np.array([c + [0] * (32 - len(c)) for c in contexts]))
-        rows = [row + [int(likeliest[b, len(c) - 1])] for b, (row, c) in enumerate(zip(rows, contexts))]
+        rows = [
+            row + [int(likeliest[b, len(c) - 1])] for b, (row, c) in enumerate(zip(rows, contexts))
+        ]
     return rows
 
 
@@ -300,12 +345,17 @@ def test_stop_token_ends_a_row_and_then_the_call(gpt, monkeypatch):
     stop = free[0][8]
     rows = gpt.generate(prompts, 30, temperature=0, stop_token=stop)
     for row, want, prompt in zip(rows, free, prompts):
-        new = want[len(prompt):]
+        new = want[len(prompt) :]
         end = new.index(stop) + 1 if stop in new else 30
-        assert row == want[:len(prompt) + end]
+        assert row == want[: len(prompt) + end]
     steps, decode = [], model_module.decode
-    monkeypatch.setattr(model_module, "decode", lambda *a: (out := decode(*a), steps.append(int(out[3])))[0])
-    assert len(gpt.generate([[1, 2, 3]], 28, temperature=0, stop_token=stop)[0]) <= 3 + 9 and sum(steps) <= 8
+    monkeypatch.setattr(
+        model_module, "decode", lambda *a: (out := decode(*a), steps.append(int(out[3])))[0]
+    )
+    assert (
+        len(gpt.generate([[1, 2, 3]], 28, temperature=0, stop_token=stop)[0]) <= 3 + 9
+        and sum(steps) <= 8
+    )
     bursts = list(gpt.stream([[1, 2, 3]], 1000, temperature=0, stop_token=stop, burst=4))
     assert sum(len(b[0]) for b in bursts) <= 9
 
@@ -315,7 +365,9 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     probs = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625 - 1e-4, 1e-4])
     logits = jnp.tile(jnp.log(jnp.asarray(probs, jnp.float32)), (4000, 1))
     n = jnp.arange(4000)
-    draw = lambda t, k, p: np.asarray(sample(logits, jnp.zeros(4000, jnp.uint32), n, Sampling(t, k, p)))
+    draw = lambda t, k, p: np.asarray(
+        sample(logits, jnp.zeros(4000, jnp.uint32), n, Sampling(t, k, p))
+    )
     assert set(draw(1.0, 2, 1.0)) == {0, 1}
     assert set(draw(1.0, None, 0.6)) == {0, 1} and set(draw(1.0, None, 0.49)) == {0}
     assert set(draw(1.0, None, 0.76)) == {0, 1, 2}
@@ -342,7 +394,9 @@ def test_generation_is_one_dispatch_not_one_per_token(gpt, monkeypatch):
     calls = []
     for name in ("prefill", "decode"):
         inner = getattr(model_module, name)
-        monkeypatch.setattr(model_module, name, lambda *a, inner=inner, name=name: calls.append(name) or inner(*a))
+        monkeypatch.setattr(
+            model_module, name, lambda *a, inner=inner, name=name: calls.append(name) or inner(*a)
+        )
     gpt.generate([[1]], 30)
     assert calls == ["prefill", "decode"]
 
@@ -357,7 +411,10 @@ def test_causal_attention_in_bfloat16_stays_close():
 def test_flash_attention_is_causal_attention():
     """Catches another order of axes, another scale or no mask in what cuDNN is asked for (XLA does it here)."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, 9, 4, 8)).astype(np.float32)
-    a, b = causal_attention(q, k, v, "bfloat16"), flash_attention(q, k, v, "bfloat16", implementation="xla")
+    a, b = (
+        causal_attention(q, k, v, "bfloat16"),
+        flash_attention(q, k, v, "bfloat16", implementation="xla"),
+    )
     assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 1e-2
     c = flash_attention(q, k[:, ::-1], v, "bfloat16", implementation="xla")
     assert float(jnp.linalg.norm(a - c) / jnp.linalg.norm(a)) > 0.1
@@ -367,7 +424,9 @@ def test_attention_is_chosen_by_what_runs(monkeypatch):
     """Catches a choice that fails, or is not made, where cuDNN does not run, and a demand for it that is dropped silently."""
     config = dataclasses.replace(TINY, dtype="bfloat16", dropout=0.0)
     assert choose_attention(config).training_attention == "xla"
-    with pytest.raises(ValueError, match="training_attention=cudnn does not work here: it needs an NVIDIA GPU"):
+    with pytest.raises(
+        ValueError, match="training_attention=cudnn does not work here: it needs an NVIDIA GPU"
+    ):
         choose_attention(dataclasses.replace(config, training_attention="cudnn"))
     with pytest.raises(ValueError, match="float32 with dropout=0.5"):
         dataclasses.replace(config, training_attention="cudnn", dtype="float32", dropout=0.5)
@@ -376,4 +435,7 @@ def test_attention_is_chosen_by_what_runs(monkeypatch):
     monkeypatch.setattr("model.flash_attention", lambda q, k, v, dtype: q)
     assert choose_attention(config).training_attention == "cudnn"
     assert choose_attention(config, alone=False).training_attention == "xla"
-    assert choose_attention(dataclasses.replace(config, training_attention="xla")).training_attention == "xla"
+    assert (
+        choose_attention(dataclasses.replace(config, training_attention="xla")).training_attention
+        == "xla"
+    )

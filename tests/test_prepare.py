@@ -52,7 +52,9 @@ def fails(capsys, *argv: str) -> str:
 
 def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
     meta = json.loads((directory / "meta.json").read_text())
-    return meta, {split: np.fromfile(directory / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}
+    return meta, {
+        split: np.fromfile(directory / f"{split}.bin", meta["dtype"]) for split in ("train", "val")
+    }
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -61,8 +63,11 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 # The data sets
 
-@pytest.mark.parametrize("name, train, val, vocab_size", [
-    ("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50257)])
+
+@pytest.mark.parametrize(
+    "name, train, val, vocab_size",
+    [("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50257)],
+)
 def test_tiny_shakespeare_has_nanogpts_counts(name, train, val, vocab_size, gpt2, shared, here):
     """Catches another split, another tokenizer, text changed on the way: the figures of nanoGPT's readmes."""
     file = shared / "tinyshakespeare" / "input.txt"
@@ -88,11 +93,18 @@ def test_pystdlib_is_python_and_always_the_same(here):
 def test_meta_describes_the_files(here):
     """Catches counts, checksums, dtype or vocabulary in meta.json that are not those of the files."""
     many = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))  # more than uint16 can tell apart
-    for name, content, dtype in (("few.txt", "abcdefghij" * 9, "uint16"), ("many.txt", many, "uint32")):
+    for name, content, dtype in (
+        ("few.txt", "abcdefghij" * 9, "uint16"),
+        ("many.txt", many, "uint32"),
+    ):
         Path(name).write_text(content, encoding="utf-8")
         program("text", "--input", name, "--tokenizer=char", "--out_dir=out")
         meta, ids = load(here / "out")
-        assert meta["dtype"] == dtype and meta["vocab_size"] == len(set(content)) and meta["source"] == name
+        assert (
+            meta["dtype"] == dtype
+            and meta["vocab_size"] == len(set(content))
+            and meta["source"] == name
+        )
         for split in ("train", "val"):
             assert meta[f"{split}_tokens"] == len(ids[split])
             content_of = Path("out", f"{split}.bin").read_bytes()
@@ -104,14 +116,18 @@ def test_meta_describes_the_files(here):
 def test_openwebtext_is_split_shuffled_and_ended_as_nanogpts(here, gpt2, monkeypatch):
     """Catches pages lost, doubled or reordered, a missing end of text, another split or seed."""
     datasets = pytest.importorskip("datasets")
-    pages = datasets.Dataset.from_dict({"text": [f"page {i}\n" + "word " * (i % 5) for i in range(2500)]})
+    pages = datasets.Dataset.from_dict(
+        {"text": [f"page {i}\n" + "word " * (i % 5) for i in range(2500)]}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pages)
     program("openwebtext", "--num_proc=2")
     meta, ids = load(here / "data" / "openwebtext")
     assert meta["dtype"] == "uint16"
     expected = pages.train_test_split(test_size=0.0005, seed=2357, shuffle=True)  # nanoGPT's line
     for split, name in (("train", "train"), ("val", "test")):
-        assert gpt2.decode(ids[split]) == "".join(text + "<|endoftext|>" for text in expected[name]["text"])
+        assert gpt2.decode(ids[split]) == "".join(
+            text + "<|endoftext|>" for text in expected[name]["text"]
+        )
 
 
 def test_openwebtext_without_network(gpt2, here, monkeypatch, capsys):
@@ -120,6 +136,7 @@ def test_openwebtext_without_network(gpt2, here, monkeypatch, capsys):
 
     def refuse(*args, **kwargs):
         raise ConnectionError("no route to the Hub")
+
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     assert "--input FILE" in fails(capsys, "openwebtext")
     assert os.listdir("data") == []
@@ -135,16 +152,18 @@ TRICKY = st.text(st.sampled_from(" \n\t'sx1!é\u00a0\u3000世\x1c\u0085"), max_s
 def test_pieces_are_cut_where_gpt2s_pattern_breaks(text, size):
     """Catches a cut inside a word, in a run of white space, or between a space and its word."""
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-    pieces = list(prepare.pieces(text[i:i + size] for i in range(0, len(text), size)))
+    pieces = list(prepare.pieces(text[i : i + size] for i in range(0, len(text), size)))
     assert "".join(pieces) == text
-    assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text)]
+    assert [word for piece in pieces for word, _ in split(piece)] == [
+        word for word, _ in split(text)
+    ]
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=TRICKY, size=st.integers(1, 20))
 def test_pieces_encode_to_what_the_whole_text_does(gpt2, text, size):
     """The same with tiktoken, which spells the pattern in another way."""
-    pieces = list(prepare.pieces(text[i:i + size] for i in range(0, len(text), size)))
+    pieces = list(prepare.pieces(text[i : i + size] for i in range(0, len(text), size)))
     assert [token for piece in pieces for token in gpt2.encode(piece)] == gpt2.encode(text)
 
 
@@ -158,8 +177,12 @@ CHARACTERS = st.characters(exclude_characters="\r\ufeff", exclude_categories=["C
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(CHARACTERS, max_size=50), first=st.integers(0, 50), last=st.integers(0, 60),
-       chunk=st.integers(1, 9))
+@given(
+    text=st.text(CHARACTERS, max_size=50),
+    first=st.integers(0, 50),
+    last=st.integers(0, 60),
+    chunk=st.integers(1, 9),
+)
 def test_characters_are_counted_as_characters(tmp_path_factory, text, first, last, chunk):
     """Catches offsets in bytes, characters lost at the seams of chunks, and a BOM that becomes a token."""
     file = tmp_path_factory.getbasetemp() / "characters.txt"
@@ -178,8 +201,10 @@ def test_files_are_joined_by_the_end_of_text(tmp_path):
     for file, _ in files:
         file.write_text(file.name)
     for cut in range(13):
-        train, val = (tokenizer.decode([i for ids in prepare.encode(tokenizer, files, *ends) for i in ids])
-                      for ends in ((0, cut), (cut, 12)))
+        train, val = (
+            tokenizer.decode([i for ids in prepare.encode(tokenizer, files, *ends) for i in ids])
+            for ends in ((0, cut), (cut, 12))
+        )
         assert train.replace("|", "") + val.replace("|", "") == "abcdefghijkl"
         assert train + ("|" if cut in (3, 4) else "") + val == "abc|d|efghijkl"
 
@@ -197,32 +222,41 @@ def test_memory_does_not_grow_with_the_text(here, monkeypatch):
 
 # Bad input
 
-@pytest.mark.parametrize("argv, says", [
-    ("text --input missing.txt", "there is no file missing.txt"),
-    ("text --input good.txt missing.txt", "there is no file missing.txt"),
-    ("text --input folder", "folder is not a regular file"),
-    ("text --input empty.txt", "empty.txt is empty"),
-    ("text --input good.txt empty.txt", "empty.txt is empty"),
-    ("text --input latin1.txt", "latin1.txt is not UTF-8 (byte 0xe9"),
-    ("text --input short.txt --tokenizer=char", "too short"),
-    ("shakespeare_char --input short.txt", "too short"),
-    ("text", "--input FILE"),
-    ("shakspere", "pystdlib_char"),
-    ("", "pystdlib_char"),
-    ("text --input good.txt --tokenizer=gpt3", "gpt3"),
-    ("text --inptu good.txt", "--inptu"),
-    ("pystdlib_char --input good.txt", "use text"),
-    ("shakespeare_char --tokenizer=gpt2", "use text"),
-    ("text --input good.txt --num_proc=2", "num_proc"),
-    ("openwebtext --num_proc=0", "num_proc=0"),
-    ("text --input good.txt --tokenizer=char --out_dir=folder", "folder holds precious.txt"),
-    ("text --input good.txt --tokenizer=char --out_dir=good.txt", "good.txt is a file"),
-])
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ("text --input missing.txt", "there is no file missing.txt"),
+        ("text --input good.txt missing.txt", "there is no file missing.txt"),
+        ("text --input folder", "folder is not a regular file"),
+        ("text --input empty.txt", "empty.txt is empty"),
+        ("text --input good.txt empty.txt", "empty.txt is empty"),
+        ("text --input latin1.txt", "latin1.txt is not UTF-8 (byte 0xe9"),
+        ("text --input short.txt --tokenizer=char", "too short"),
+        ("shakespeare_char --input short.txt", "too short"),
+        ("text", "--input FILE"),
+        ("shakspere", "pystdlib_char"),
+        ("", "pystdlib_char"),
+        ("text --input good.txt --tokenizer=gpt3", "gpt3"),
+        ("text --inptu good.txt", "--inptu"),
+        ("pystdlib_char --input good.txt", "use text"),
+        ("shakespeare_char --tokenizer=gpt2", "use text"),
+        ("text --input good.txt --num_proc=2", "num_proc"),
+        ("openwebtext --num_proc=0", "num_proc=0"),
+        ("text --input good.txt --tokenizer=char --out_dir=folder", "folder holds precious.txt"),
+        ("text --input good.txt --tokenizer=char --out_dir=good.txt", "good.txt is a file"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_writes_nothing(argv, says, here, capsys):
     """Catches tracebacks, files half-written, and a directory of the user's own replaced by a data set."""
     Path("folder").mkdir()
-    files = {"good.txt": b"some text " * 9, "latin1.txt": b"some text \xe9", "short.txt": b"0123456789",
-             "empty.txt": b"", "folder/precious.txt": b"mine"}
+    files = {
+        "good.txt": b"some text " * 9,
+        "latin1.txt": b"some text \xe9",
+        "short.txt": b"0123456789",
+        "empty.txt": b"",
+        "folder/precious.txt": b"mine",
+    }
     for name, content in files.items():
         Path(name).write_bytes(content)
     before = tree(here)
@@ -239,6 +273,7 @@ def test_the_program_itself_exits_with_2(here):
 
 # Replacing a data set
 
+
 def test_an_earlier_data_set_is_replaced_or_survives_whole(here, capsys):
     """Catches an old data set lost, or mixed with a new one: short.txt fails after writing train.bin."""
     Path("one.txt").write_text("first " * 20)
@@ -254,7 +289,9 @@ def test_an_earlier_data_set_is_replaced_or_survives_whole(here, capsys):
     program(*make, "two.txt")
     assert load(here / "elsewhere")[0]["source"] == "two.txt" and Path("link").is_symlink()
     assert sorted(os.listdir()) == ["elsewhere", "link", "one.txt", "short.txt", "two.txt"]
-    assert os.stat("elsewhere").st_mode & 0o777 == 0o777 & ~umask()  # readable by others, as any directory
+    assert (
+        os.stat("elsewhere").st_mode & 0o777 == 0o777 & ~umask()
+    )  # readable by others, as any directory
 
 
 def umask() -> int:
@@ -275,6 +312,7 @@ def test_a_failed_swap_puts_the_old_data_set_back(error, tmp_path, monkeypatch):
         if path == new:
             raise error
         return rename(path, target)
+
     monkeypatch.setattr(Path, "rename", fail_for_new)
     with pytest.raises(error):
         prepare.replace(out, new, tmp_path / "old")
@@ -289,6 +327,7 @@ BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 2000
 @pytest.fixture(scope="module")
 def server():
     """http://127.0.0.1:PORT/KIND answers in as many ways as a download can go wrong."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             kind = self.path[1:]
@@ -324,12 +363,21 @@ def test_download(server, known_body, here, monkeypatch):
     meta, ids = load(here / "data" / "shakespeare_char")
     assert from_meta(meta).decode([*ids["train"], *ids["val"]]).encode() == BODY
     assert meta["source"] == server + "good"
-    assert os.listdir("data") == ["shakespeare_char"] and len(os.listdir("data/shakespeare_char")) == 3
+    assert (
+        os.listdir("data") == ["shakespeare_char"] and len(os.listdir("data/shakespeare_char")) == 3
+    )
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("missing", "404"), ("half", "cannot download"), ("half_without_length", "other than"),
-    ("login_page", "other than"), ("refused", "ConnectionError")])
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("missing", "404"),
+        ("half", "cannot download"),
+        ("half_without_length", "other than"),
+        ("login_page", "other than"),
+        ("refused", "ConnectionError"),
+    ],
+)
 def test_failed_download(kind, says, server, known_body, here, monkeypatch, capsys):
     """Catches a data set made of an error page or of half a file, and an error that names no way out."""
     url = "http://127.0.0.1:9/" if kind == "refused" else server + kind  # nothing listens on port 9

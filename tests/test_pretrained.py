@@ -14,9 +14,9 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-import jax
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -51,7 +51,7 @@ def hf_logits(hf, tokens: np.ndarray) -> np.ndarray:
 
 
 def our_logits(model, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(lambda m, t: m(t)[0])(model, tokens))[..., :model.config.vocab_size]
+    return np.asarray(jax.jit(lambda m, t: m(t)[0])(model, tokens))[..., : model.config.vocab_size]
 
 
 def flat(params: dict) -> dict:
@@ -64,7 +64,7 @@ def random_params(config: GPTConfig) -> dict:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).params())
     params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), shapes)
-    params["wte"]["embedding"][config.vocab_size:] = 0
+    params["wte"]["embedding"][config.vocab_size :] = 0
     return params
 
 
@@ -103,14 +103,29 @@ def refused(directory: Path, *words: str) -> None:
 
 
 # The head counts of small, medium, large and XL with narrow heads; odd vocabularies and lengths; all activations.
-@pytest.mark.parametrize("n_head, n_embd, n_layer, vocab_size, n_positions, activation", [
-    (12, 96, 3, 131, 100, "gelu_new"), (16, 128, 2, 257, 33, "gelu"), (20, 160, 2, 1009, 64, "relu"),
-    (25, 200, 2, 64, 17, "silu")])
-def test_logits_equal_transformers(tmp_path, n_head, n_embd, n_layer, vocab_size, n_positions, activation):
+@pytest.mark.parametrize(
+    "n_head, n_embd, n_layer, vocab_size, n_positions, activation",
+    [
+        (12, 96, 3, 131, 100, "gelu_new"),
+        (16, 128, 2, 257, 33, "gelu"),
+        (20, 160, 2, 1009, 64, "relu"),
+        (25, 200, 2, 64, 17, "silu"),
+    ],
+)
+def test_logits_equal_transformers(
+    tmp_path, n_head, n_embd, n_layer, vocab_size, n_positions, activation
+):
     """Catches any wrong name, transposed square kernel, split of q, k and v, epsilon, activation or padding
     of the vocabulary."""
-    hf = make_hf(n_head=n_head, n_embd=n_embd, n_layer=n_layer, vocab_size=vocab_size,
-                 n_positions=n_positions, activation_function=activation, layer_norm_epsilon=1e-3)
+    hf = make_hf(
+        n_head=n_head,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+        activation_function=activation,
+        layer_norm_epsilon=1e-3,
+    )
     hf.save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path)
     tokens = np.random.default_rng(0).integers(0, vocab_size, (2, n_positions))
@@ -126,12 +141,19 @@ def test_greedy_tokens_equal_transformers(tmp_path):
     prompts = [np.random.default_rng(n).integers(0, 131, n).tolist() for n in (1, 7, 30)]
     ours = GPT.from_pretrained(tmp_path).generate(prompts, 64, temperature=0)
     for prompt, row in zip(prompts, ours):
-        theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0,
-                             attention_mask=torch.ones(1, len(prompt), dtype=int))
+        theirs = hf.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+            attention_mask=torch.ones(1, len(prompt), dtype=int),
+        )
         assert row == theirs[0].tolist()
 
 
-@pytest.mark.parametrize("form", ["no prefix", "shards", "bin", "old bin", "bin shards", "buffers and head"])
+@pytest.mark.parametrize(
+    "form", ["no prefix", "shards", "bin", "old bin", "bin shards", "buffers and head"]
+)
 def test_every_form_gives_the_same_parameters(tiny, copy, form):
     """Catches a form of checkpoint that is refused or read differently."""
     hf, _, params = tiny
@@ -156,7 +178,9 @@ def test_every_form_gives_the_same_parameters(tiny, copy, form):
                 state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-float("inf"))
         else:
             del state["lm_head.weight"]
-        torch.save(state, copy / "pytorch_model.bin", _use_new_zipfile_serialization=form != "old bin")
+        torch.save(
+            state, copy / "pytorch_model.bin", _use_new_zipfile_serialization=form != "old bin"
+        )
     assert same(pretrained.read(copy)[1], params)
 
 
@@ -164,7 +188,9 @@ def test_every_form_gives_the_same_parameters(tiny, copy, form):
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_half_precision_is_widened_exactly(tiny, copy, dtype, kind):
     """Catches half-precision bits read as another type, or rounded once more."""
-    state = {name: t.to(dtype) for name, t in tiny[0].state_dict().items() if name != "lm_head.weight"}
+    state = {
+        name: t.to(dtype) for name, t in tiny[0].state_dict().items() if name != "lm_head.weight"
+    }
     (copy / "model.safetensors").unlink()
     if kind == "bin":
         torch.save(state, copy / "pytorch_model.bin")
@@ -179,12 +205,20 @@ def test_overrides(tiny):
     resolved."""
     hf, directory, _ = tiny
     model = GPT.from_pretrained(directory, block_size=9, dropout=0.25, vocab_multiple=7, n_head=4)
-    assert (model.config.block_size, model.config.dropout, model.config.padded_vocab_size) == (9, 0.25, 133)
+    assert (model.config.block_size, model.config.dropout, model.config.padded_vocab_size) == (
+        9,
+        0.25,
+        133,
+    )
     tokens = np.arange(18).reshape(2, 9)
     np.testing.assert_allclose(our_logits(model, tokens), hf_logits(hf, tokens), rtol=0, atol=1e-4)
-    for override, words in (({"block_size": 41}, ("41", "40")), ({"n_head": 6}, ("n_head=6", "n_head=4")),
-                            ({"activation": "relu"}, ("relu", "gelu_new")), ({"bias": False}, ("bias=False",)),
-                            ({"vocab_size": 65}, ("65", "131"))):
+    for override, words in (
+        ({"block_size": 41}, ("41", "40")),
+        ({"n_head": 6}, ("n_head=6", "n_head=4")),
+        ({"activation": "relu"}, ("relu", "gelu_new")),
+        ({"bias": False}, ("bias=False",)),
+        ({"vocab_size": 65}, ("65", "131")),
+    ):
         with pytest.raises(ValueError) as e:
             pretrained.read(directory, **override)
         assert all(word in str(e.value) for word in words), e.value
@@ -205,15 +239,30 @@ def test_peak_memory_is_about_one_copy(tmp_path):
 def test_round_trip_is_bit_identical(tmp_path, bias):
     """Catches padding that is exported, biases that are lost or invented, and ids of GPT-2 in a model without
     an end token."""
-    config = GPTConfig(block_size=40, vocab_size=70, n_layer=3, n_head=4, n_embd=48, bias=bias,
-                       activation="gelu", layer_norm_epsilon=1e-4, dropout=0.1)
+    config = GPTConfig(
+        block_size=40,
+        vocab_size=70,
+        n_layer=3,
+        n_head=4,
+        n_embd=48,
+        bias=bias,
+        activation="gelu",
+        layer_norm_epsilon=1e-4,
+        dropout=0.1,
+    )
     params = random_params(config)
     model = GPT.from_params(config, jax.device_put(params))
-    model.save_pretrained(tmp_path / "out", tokenizer.CharTokenizer("".join(map(chr, range(40, 110)))))
+    model.save_pretrained(
+        tmp_path / "out", tokenizer.CharTokenizer("".join(map(chr, range(40, 110))))
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
-    hf, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(report.values()) and hf.config.vocab_size == 70 and hf.config.eos_token_id is None
+    hf, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert (
+        not any(report.values()) and hf.config.vocab_size == 70 and hf.config.eos_token_id is None
+    )
     tokens = np.random.default_rng(0).integers(0, 70, (2, 40))
     np.testing.assert_allclose(hf_logits(hf, tokens), our_logits(model, tokens), rtol=0, atol=1e-4)
     hf.save_pretrained(tmp_path / "again")
@@ -221,8 +270,10 @@ def test_round_trip_is_bit_identical(tmp_path, bias):
         back_config, back = pretrained.read(tmp_path / directory, bias=bias, dropout=0.1)
         assert back_config == config and same(back, params)
     with_biases = pretrained.read(tmp_path / "out")[1]
-    assert same({"b": flat(with_biases)["['h']['attn']['c_attn']['bias']"]},
-                {"b": params["h"]["attn"]["c_attn"]["bias"] if bias else np.zeros((3, 144), np.float32)})
+    assert same(
+        {"b": flat(with_biases)["['h']['attn']['c_attn']['bias']"]},
+        {"b": params["h"]["attn"]["c_attn"]["bias"] if bias else np.zeros((3, 144), np.float32)},
+    )
     with pytest.raises(ValueError, match="exists already"):
         model.save_pretrained(tmp_path / "out", tokenizer.CharTokenizer("ab"))
 
@@ -240,7 +291,9 @@ def test_export_is_complete_or_invisible(tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "out", tokenizer.CharTokenizer("abc"))
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    model.save_pretrained(tmp_path / "out", tokenizer.CharTokenizer("abc"))  # what was left is no obstacle
+    model.save_pretrained(
+        tmp_path / "out", tokenizer.CharTokenizer("abc")
+    )  # what was left is no obstacle
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -268,7 +321,9 @@ def test_exported_gpt2_tokenizer(tmp_path, shared):
     pairs = lambda path: path.read_text(encoding="utf-8").splitlines()[1:]
     assert pairs(tmp_path / "merges.txt") == pairs(merges)
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert hf(TEXT).input_ids == tok.encode(TEXT) == pretrained.load_tokenizer(tmp_path).encode(TEXT)
+    assert (
+        hf(TEXT).input_ids == tok.encode(TEXT) == pretrained.load_tokenizer(tmp_path).encode(TEXT)
+    )
     assert hf.decode(tok.encode(TEXT)) == TEXT and hf.eos_token_id == tok.eos_id
     pretrained.write_tokenizer(tmp_path / "..", pretrained.load_tokenizer(tmp_path), 1024)
     pretrained.save_json(tmp_path / "../config.json", {"model_type": "gpt2"})
@@ -276,17 +331,34 @@ def test_exported_gpt2_tokenizer(tmp_path, shared):
     assert again.encode(TEXT) == tok.encode(TEXT) and again.eos_id == tok.eos_id
 
 
-@pytest.mark.parametrize("field, value, word", [
-    ("model_type", "llama", "llama"), ("model_type", None, "model_type"),
-    ("scale_attn_by_inverse_layer_idx", True, "inverse_layer"),
-    ("scale_attn_weights", False, "scale_attn"), ("add_cross_attention", True, "add_cross_attention"),
-    ("tie_word_embeddings", False, "tie_word"), ("activation_function", "mish", "mish"), ("n_inner", 100, "n_inner"),
-    ("n_layer", 2, "unexpected h.2"), ("n_layer", 4, "missing h.3"), ("n_layer", 10**12, "n_layer=1000000000000"),
-    ("n_layer", "3", "n_layer='3'"), ("n_layer", None, "n_layer"), ("n_layer", True, "n_layer"),
-    ("n_embd", 48 * 10**30, "(48,), not"), ("n_embd", -48, "n_embd"), ("n_head", 5, "n_head=5"), ("n_head", 0, "n_head"),
-    ("vocab_size", 130, "(131, 48)"), ("n_positions", 10**9, "wpe.weight"),
-    ("layer_norm_epsilon", float("nan"), "epsilon=nan"), ("layer_norm_epsilon", "1e-5", "epsilon"),
-    ("layer_norm_epsilon", -1e-5, "epsilon")])
+@pytest.mark.parametrize(
+    "field, value, word",
+    [
+        ("model_type", "llama", "llama"),
+        ("model_type", None, "model_type"),
+        ("scale_attn_by_inverse_layer_idx", True, "inverse_layer"),
+        ("scale_attn_weights", False, "scale_attn"),
+        ("add_cross_attention", True, "add_cross_attention"),
+        ("tie_word_embeddings", False, "tie_word"),
+        ("activation_function", "mish", "mish"),
+        ("n_inner", 100, "n_inner"),
+        ("n_layer", 2, "unexpected h.2"),
+        ("n_layer", 4, "missing h.3"),
+        ("n_layer", 10**12, "n_layer=1000000000000"),
+        ("n_layer", "3", "n_layer='3'"),
+        ("n_layer", None, "n_layer"),
+        ("n_layer", True, "n_layer"),
+        ("n_embd", 48 * 10**30, "(48,), not"),
+        ("n_embd", -48, "n_embd"),
+        ("n_head", 5, "n_head=5"),
+        ("n_head", 0, "n_head"),
+        ("vocab_size", 130, "(131, 48)"),
+        ("n_positions", 10**9, "wpe.weight"),
+        ("layer_norm_epsilon", float("nan"), "epsilon=nan"),
+        ("layer_norm_epsilon", "1e-5", "epsilon"),
+        ("layer_norm_epsilon", -1e-5, "epsilon"),
+    ],
+)
 def test_config_that_does_not_fit_is_refused(copy, field, value, word):
     """Catches a field that is assumed instead of read, and sizes that are believed before they are
     compared."""
@@ -313,21 +385,35 @@ def put(name, value):
 def put_one(value):
     def change(tensors):
         tensors["transformer.h.1.mlp.c_fc.weight"][5, 7] = value
+
     return change
 
 
-@pytest.mark.parametrize("change, words", [
-    (without("transformer.h.1.ln_1.bias"), ["missing h.1.ln_1.bias"]),
-    (put("transformer.h.0.attn.rotary", np.ones(3, np.float32)), ["unexpected h.0.attn.rotary"]),
-    (put("a\n\33[2J" + 999 * "b", np.ones(3, np.float32)), ["unexpected a\\n\\x1b[2Jbbb"]),
-    (put("wte.weight", np.zeros((131, 48), np.float32)), ["wte.weight is there twice"]),
-    (put("transformer.h.2.attn.c_attn.weight", np.zeros((144, 48), np.float32)), ["(144, 48)", "(48, 144)"]),
-    (put("transformer.ln_f.weight", np.ones(48)), ["ln_f.weight", "F64"]),
-    (put("transformer.ln_f.weight", np.ones(48, np.int32)), ["ln_f.weight", "I32"]),
-    (put("lm_head.weight", np.zeros((131, 48), np.float32)), ["lm_head.weight is not wte.weight"]),
-    (put("lm_head.weight", np.zeros((130, 48), np.float32)), ["lm_head.weight is (130, 48)"]),
-    (put_one(np.nan), ["h.1.mlp.c_fc.weight", "NaN"]),
-    (put_one(-np.inf), ["h.1.mlp.c_fc.weight", "infinity"])])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without("transformer.h.1.ln_1.bias"), ["missing h.1.ln_1.bias"]),
+        (
+            put("transformer.h.0.attn.rotary", np.ones(3, np.float32)),
+            ["unexpected h.0.attn.rotary"],
+        ),
+        (put("a\n\33[2J" + 999 * "b", np.ones(3, np.float32)), ["unexpected a\\n\\x1b[2Jbbb"]),
+        (put("wte.weight", np.zeros((131, 48), np.float32)), ["wte.weight is there twice"]),
+        (
+            put("transformer.h.2.attn.c_attn.weight", np.zeros((144, 48), np.float32)),
+            ["(144, 48)", "(48, 144)"],
+        ),
+        (put("transformer.ln_f.weight", np.ones(48)), ["ln_f.weight", "F64"]),
+        (put("transformer.ln_f.weight", np.ones(48, np.int32)), ["ln_f.weight", "I32"]),
+        (
+            put("lm_head.weight", np.zeros((131, 48), np.float32)),
+            ["lm_head.weight is not wte.weight"],
+        ),
+        (put("lm_head.weight", np.zeros((130, 48), np.float32)), ["lm_head.weight is (130, 48)"]),
+        (put_one(np.nan), ["h.1.mlp.c_fc.weight", "NaN"]),
+        (put_one(-np.inf), ["h.1.mlp.c_fc.weight", "infinity"]),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused(copy, change, words):
     """Catches a check that is missing; the sentence names the tensor."""
     change_tensors(copy, change)
@@ -338,8 +424,12 @@ def test_index_that_leads_elsewhere_is_refused(tiny, copy):
     """Catches an index.json that makes us read outside the directory, and a shard that is missing."""
     (copy / "model.safetensors").rename(copy / "a.safetensors")
     index = copy / "model.safetensors.index.json"
-    for file, word in (("../tiny/model.safetensors", "beside"), ("b.safetensors", "missing"), ("..", "missing"),
-                       (str(tiny[1] / "model.safetensors"), "beside")):
+    for file, word in (
+        ("../tiny/model.safetensors", "beside"),
+        ("b.safetensors", "missing"),
+        ("..", "missing"),
+        (str(tiny[1] / "model.safetensors"), "beside"),
+    ):
         index.write_text(json.dumps({"weight_map": {"wte.weight": file}}))
         refused(copy, file, word)
     index.write_text(json.dumps({"weight_map": ["a.safetensors"]}))
@@ -362,7 +452,7 @@ def test_fuzzed_files_raise_nothing_else(tiny, copy, kind):
             if i % 3 == 2:
                 bad[-200:] = rng.bytes(200)  # a zip's table of contents
         else:
-            bad = data[:rng.integers(len(data))]
+            bad = data[: rng.integers(len(data))]
         (copy / kind).write_bytes(bad)
         try:
             pretrained.read(copy)
@@ -393,7 +483,9 @@ def test_nothing_in_a_bin_is_executed(tiny, copy, form):
         torch.save(evil, file, _use_new_zipfile_serialization=form == "zip")
     refused(copy, "pytorch_model.bin", "none of it was run")
     assert not mark.exists()
-    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(file, weights_only=False)
+    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(
+        file, weights_only=False
+    )
     assert mark.exists()  # the trap works
 
 
@@ -406,7 +498,10 @@ def test_bombs_are_refused(tiny, copy):
     (copy / "model.safetensors").unlink()
     file = copy / "pytorch_model.bin"
     torch.save(state, copy / "plain")
-    with zipfile.ZipFile(copy / "plain") as plain, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(copy / "plain") as plain,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for entry in plain.infolist():
             bomb = entry.filename.endswith("/data/0")
             packed.writestr(entry.filename, b"\0" * 10**7 if bomb else plain.read(entry))
@@ -433,7 +528,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header(*(("ETag", etag) if found else ("X-Error-Code", "EntryNotFound")))
         self.end_headers()
         if body:
-            self.wfile.write(data[:len(data) - self.server.cut] if file.suffix == ".safetensors" else data)
+            self.wfile.write(
+                data[: len(data) - self.server.cut] if file.suffix == ".safetensors" else data
+            )
 
     def log_message(self, *_):
         pass
@@ -452,13 +549,16 @@ def hub(copy):
 def read_from_hub(address: str, home: Path) -> str:
     """What a fresh process says after pretrained.read("gpt2"); the client's pauses between retries are left
     out."""
-    code = ("import time; time.sleep = lambda s: None\n"
-            "import pretrained\n"
-            "try: print('read', float(pretrained.read('gpt2')[1]['wte']['embedding'].sum()))\n"
-            "except ValueError as e: print('refused:', e)")
+    code = (
+        "import time; time.sleep = lambda s: None\n"
+        "import pretrained\n"
+        "try: print('read', float(pretrained.read('gpt2')[1]['wte']['embedding'].sum()))\n"
+        "except ValueError as e: print('refused:', e)"
+    )
     env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -23,9 +23,11 @@ def next_token(tokens, index) -> int:
 
 def alone(prompt, params, index) -> list[int]:
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + params.max_tokens and not (len(tokens) > len(prompt) and tokens[-1] == STOP):
+    while len(tokens) < len(prompt) + params.max_tokens and not (
+        len(tokens) > len(prompt) and tokens[-1] == STOP
+    ):
         tokens.append(next_token(tokens, index))
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 class Machine:
@@ -33,7 +35,12 @@ class Machine:
 
     def __init__(self, num_pages=9, page_size=2, max_num_seqs=3, tiles=3, chunk_size=4):
         self.P = page_size
-        self.scheduler = Scheduler(BlockManager(num_pages, page_size), max_num_seqs=max_num_seqs, tiles=tiles, chunk_size=chunk_size)
+        self.scheduler = Scheduler(
+            BlockManager(num_pages, page_size),
+            max_num_seqs=max_num_seqs,
+            tiles=tiles,
+            chunk_size=chunk_size,
+        )
         self.pages, self.slots, self.swapped, self.in_flight = {}, {}, {}, []
         self.overtaken = 0  # resumed with nothing to restore
         self.requests, self.first_admitted, self.done, self.ids = {}, [], {}, itertools.count()
@@ -54,14 +61,19 @@ class Machine:
 
     def step(self):
         scheduler, P = self.scheduler, self.P
-        oldest = min((s.key for _, _, seqs in self.requests.values() for s in seqs if self.has_work(s)), default=None)
+        oldest = min(
+            (s.key for _, _, seqs in self.requests.values() for s in seqs if self.has_work(s)),
+            default=None,
+        )
         plan = scheduler.schedule()
         scheduler.blocks.check()
         assert not (plan.swap_out and plan.admitted), "a step that lacks pages lets others in"
         advanced = {s.key for s, _, _ in plan.tiles} | {s.key for s in plan.decodes}
         assert oldest is None or oldest in advanced, f"{oldest} came first and waits for {advanced}"
         for seq, pages in plan.swap_out:
-            self.swapped[seq.key] = [{j: self.pages.get((page, j)) for j in range(P)} for page in pages]
+            self.swapped[seq.key] = [
+                {j: self.pages.get((page, j)) for j in range(P)} for page in pages
+            ]
         for source, target in plan.copies:
             self.pages |= {(target, j): self.pages.get((source, j)) for j in range(P)}
         for seq, first, pages in plan.swap_in:
@@ -71,42 +83,52 @@ class Machine:
         for seq in plan.admitted:
             self.overtaken += self.swapped.pop(seq.key, None) is not None and seq not in restored
             new = seq in plan.decodes or seq in [s for _, s in plan.samples]
-            assert len(seq.tokens) == seq.prompt_len + seq.sampled - new, "resumed before its last token is known"
+            assert len(seq.tokens) == seq.prompt_len + seq.sampled - new, (
+                "resumed before its last token is known"
+            )
             self.slots[seq.slot] = list(seq.tokens)
         self.first_admitted += [s.key for s in plan.admitted if s.key not in self.first_admitted]
         used = [s.slot for r in scheduler.running for s in (r, *r.followers)]
-        assert len(set(used)) == len(used) and set(used).isdisjoint(scheduler.free_slots), "a slot with two owners"
+        assert len(set(used)) == len(used) and set(used).isdisjoint(scheduler.free_slots), (
+            "a slot with two owners"
+        )
 
         assert len(plan.tiles) <= scheduler.tiles and len(plan.samples) <= scheduler.tiles
         for seq, start, new in plan.tiles:
             assert start % P == 0 and 0 < new <= P
             table = scheduler.blocks.tables[seq.key]
             for j in range(new):
-                self.pages[table[start // P], j] = tuple(self.slots[seq.slot][:start + j + 1])
+                self.pages[table[start // P], j] = tuple(self.slots[seq.slot][: start + j + 1])
         samples = []
         for row, seq in plan.samples:
             source, start, new = plan.tiles[row]
             assert start + new == seq.prompt_len == source.prompt_len
             samples.append((seq, self.attend(seq, seq.prompt_len)))
         for seq, token in samples:
-            self.slots[seq.slot][seq.prompt_len:] = [token]
+            self.slots[seq.slot][seq.prompt_len :] = [token]
         for seq in plan.decodes:
             at = seq.computed - 1
-            self.pages[scheduler.blocks.tables[seq.key][at // P], at % P] = tuple(self.slots[seq.slot][:at + 1])
+            self.pages[scheduler.blocks.tables[seq.key][at // P], at % P] = tuple(
+                self.slots[seq.slot][: at + 1]
+            )
         for seq in plan.decodes:
             token = self.attend(seq, seq.computed)
-            self.slots[seq.slot][seq.computed:] = [token]
+            self.slots[seq.slot][seq.computed :] = [token]
             samples.append((seq, token))
         self.collect(samples)
 
     def has_work(self, seq):
-        return not seq.finished and (seq.prefilling or not seq.sampled or seq.sampled < seq.params.max_tokens)
+        return not seq.finished and (
+            seq.prefilling or not seq.sampled or seq.sampled < seq.params.max_tokens
+        )
 
     def attend(self, seq, n):
         """What the model sees from position n - 1 of seq: every page must hold that part of its tokens."""
         tokens, table = self.slots[seq.slot], self.scheduler.blocks.tables[seq.key]
         for i in range(n):
-            assert self.pages[table[i // self.P], i % self.P] == tuple(tokens[:i + 1]), f"{seq.key} reads another's page at {i}"
+            assert self.pages[table[i // self.P], i % self.P] == tuple(tokens[: i + 1]), (
+                f"{seq.key} reads another's page at {i}"
+            )
         return next_token(tokens[:n], seq.key[1])
 
     def collect(self, started):
@@ -116,14 +138,16 @@ class Machine:
                 continue
             if seq.params.max_tokens:
                 seq.tokens.append(token)
-            made = seq.tokens[seq.prompt_len:]
+            made = seq.tokens[seq.prompt_len :]
             if len(made) >= seq.params.max_tokens or made[-1] == STOP:
                 self.scheduler.finish(seq)
                 self.done[seq.key] = made
                 if all(s.finished for s in self.requests[seq.key[0]][2]):
                     prompt, params, seqs = self.requests.pop(seq.key[0])
                     for i, s in enumerate(seqs):
-                        assert self.done[s.key] == alone(prompt, params, i), f"{s.key} got other tokens than alone"
+                        assert self.done[s.key] == alone(prompt, params, i), (
+                            f"{s.key} got other tokens than alone"
+                        )
 
     def run(self, limit=500):
         steps = 0
@@ -132,8 +156,12 @@ class Machine:
             steps += 1
             assert steps < limit, "a request never ends"
         blocks = self.scheduler.blocks
-        assert blocks.num_free == blocks.num_pages - 1 and not self.scheduler.waiting, "pages leaked"
-        assert self.first_admitted == sorted(self.first_admitted), f"not first come, first served: {self.first_admitted}"
+        assert blocks.num_free == blocks.num_pages - 1 and not self.scheduler.waiting, (
+            "pages leaked"
+        )
+        assert self.first_admitted == sorted(self.first_admitted), (
+            f"not first come, first served: {self.first_admitted}"
+        )
         return steps
 
 
@@ -145,8 +173,12 @@ class Random(RuleBasedStateMachine):
         super().__init__()
         self.machine = Machine()
 
-    @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=11), max_tokens=st.integers(1, 5), n=st.integers(1, 4),
-          scored=st.booleans())
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=11),
+        max_tokens=st.integers(1, 5),
+        n=st.integers(1, 4),
+        scored=st.booleans(),
+    )
     def add(self, prompt, max_tokens, n, scored):
         self.machine.add(prompt, max_tokens=max_tokens, n=n, prompt_logprobs=0 if scored else None)
 
@@ -172,7 +204,9 @@ def test_every_arrival_of_three_requests_at_four_pages():
     """Catches an order of arrivals and ends, however rare, in which a request starves or reads another's page."""
     shapes = [([1, 1, 1, 1, 1], 4), ([1, 1, 2], 3), ([1, 1, 1, 1], 2)]
     preempted = 0
-    for arrivals, which in itertools.product(itertools.product(range(4), repeat=3), itertools.permutations(shapes)):
+    for arrivals, which in itertools.product(
+        itertools.product(range(4), repeat=3), itertools.permutations(shapes)
+    ):
         for chunk_size, cancelled in ((2, None), (4, None), (2, 2), (2, 4)):
             machine = Machine(num_pages=5, chunk_size=chunk_size, tiles=2)
             for step in range(5):
@@ -213,7 +247,10 @@ def test_a_long_prompt_shares_its_steps():
     computed = lambda i: machine.requests[i][2][0].computed
     for expected in ((4, 2), (8, 3), (11, 3)):
         machine.step()
-        assert (computed(long), *(computed(i) for i in (short,) if i in machine.requests)) in (expected, expected[:1])
+        assert (computed(long), *(computed(i) for i in (short,) if i in machine.requests)) in (
+            expected,
+            expected[:1],
+        )
     machine.run()
 
 
@@ -223,7 +260,9 @@ def test_more_samples_than_rows_fork_in_groups():
     machine.add([1, 2, 1], max_tokens=4, n=7)
     machine.run()
     assert len(machine.done) == 7 and len(set(map(tuple, machine.done.values()))) > 1
-    assert machine.scheduler.blocks.hit_tokens == 3 * 2, "the later groups find the first one's prefix"
+    assert machine.scheduler.blocks.hit_tokens == 3 * 2, (
+        "the later groups find the first one's prefix"
+    )
 
 
 def test_kv_memory_holds_tokens_and_three_times_as_many_sequences():
@@ -233,7 +272,9 @@ def test_kv_memory_holds_tokens_and_three_times_as_many_sequences():
     requests = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
     longest = max(a + b for a, b in requests)
     P, rows = 16, 16
-    scheduler = Scheduler(BlockManager(1 + rows * longest // P, P), max_num_seqs=256, tiles=32, chunk_size=512)
+    scheduler = Scheduler(
+        BlockManager(1 + rows * longest // P, P), max_num_seqs=256, tiles=32, chunk_size=512
+    )
     for i, (length, max_tokens) in enumerate(requests):
         scheduler.add([i] * length, SamplingParams(max_tokens=max_tokens), i)
     utilization, in_flight, blocks = [], [], scheduler.blocks
@@ -247,6 +288,15 @@ def test_kv_memory_holds_tokens_and_three_times_as_many_sequences():
         if scheduler.waiting:
             in_flight.append(len(scheduler.running))
     mean = lambda x: sum(x) / len(x)
-    dense = mean([mean([b for _, b in requests[i:i + rows]]) / max(b for _, b in requests[i:i + rows]) * rows for i in range(0, 256, rows)])
+    dense = mean(
+        [
+            mean([b for _, b in requests[i : i + rows]])
+            / max(b for _, b in requests[i : i + rows])
+            * rows
+            for i in range(0, 256, rows)
+        ]
+    )
     assert mean(utilization) > 0.96, f"{mean(utilization):.3f} of the held slots hold tokens"
-    assert mean(in_flight) > 3 * dense, f"{mean(in_flight):.1f} sequences in flight, {dense:.1f} in a dense cache"
+    assert mean(in_flight) > 3 * dense, (
+        f"{mean(in_flight):.1f} sequences in flight, {dense:.1f} in a dense cache"
+    )

@@ -30,7 +30,9 @@ def hf_dir(tmp_path_factory):
     """A directory as GPT-2 has it, with a BPE of 264 tokens: most characters of TEXT take several."""
     path = tmp_path_factory.mktemp("hf")
     bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["the naive approach is the naive one"], vocab_size=264, special_tokens=[EOT])
+    bpe.train_from_iterator(
+        ["the naive approach is the naive one"], vocab_size=264, special_tokens=[EOT]
+    )
     bpe.save_model(str(path))
     (path / "config.json").write_text('{"model_type": "gpt2"}')
     return path
@@ -55,7 +57,9 @@ def test_decode_inverts_encode_and_meta_rebuilds(tokenizer):
     """Catches text that changes on the way (spaces, \\r\\n) and a meta() that does not survive JSON."""
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
-    again = from_meta(json.loads(json.dumps(tokenizer.meta() | {"vocab_size": 1, "dtype": "uint16"})))
+    again = from_meta(
+        json.loads(json.dumps(tokenizer.meta() | {"vocab_size": 1, "dtype": "uint16"}))
+    )
     for attribute in ("name", "vocab_size", "eos_id"):
         assert getattr(again, attribute) == getattr(tokenizer, attribute)
     assert again.encode(TEXT) == ids
@@ -92,12 +96,19 @@ def test_gpt2_without_network_says_what_to_do(tmp_path):
     """Catches a traceback. In its own process, because tiktoken remembers an encoding it has loaded."""
     code = "import tokenizer\ntry: tokenizer.GPT2Tokenizer()\nexcept ValueError as e: print(e)"
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=60, text=True,
-                         stdout=subprocess.PIPE)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=env,
+        timeout=60,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
     assert "TIKTOKEN_CACHE_DIR" in run.stdout and run.stdout.count("\n") == 1, run
 
 
 # Hugging Face directories
+
 
 def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, shared, tmp_path):
     """Catches a byte-to-character table that is wrong somewhere: all tokens, and a text, against tiktoken."""
@@ -125,7 +136,9 @@ def test_hf_neither_truncates_nor_pads_nor_frames(hf, tmp_path):
     bpe = tokenizers.Tokenizer.from_str(hf.meta()["tokenizer_json"])
     bpe.enable_truncation(4)
     bpe.enable_padding(length=8)
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(f"{EOT} $A", special_tokens=[(EOT, 0)])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        f"{EOT} $A", special_tokens=[(EOT, 0)]
+    )
     bpe.save(str(tmp_path / "tokenizer.json"))
     framed = HFTokenizer(tmp_path)
     assert framed.encode("the") == hf.encode("the") and framed.encode(TEXT) == hf.encode(TEXT)
@@ -140,7 +153,9 @@ def test_hf_directory_without_a_tokenizer(tmp_path):
 
 def test_hf_tokenizer_of_another_kind(tmp_path):
     """Catches garbled text from a tokenizer whose tokens are not byte-level (here WordPiece)."""
-    words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+    )
     words.decoder = tokenizers.decoders.WordPiece()
     words.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="byte-level"):
@@ -148,6 +163,7 @@ def test_hf_tokenizer_of_another_kind(tmp_path):
 
 
 # Streams
+
 
 @settings(max_examples=300, deadline=None)
 @given(pushes=st.lists(st.lists(st.integers(0, 263), max_size=3), max_size=20))
@@ -164,7 +180,9 @@ def test_stream_holds_back_half_characters_only(tokenizer):
     for token in tokenizer.encode(TEXT):
         shown += stream.push([token])
         seen += tokenizer.token_bytes(token)
-        assert shown == seen.decode("utf-8", errors="ignore")  # the unfinished end: TEXT has no other error
+        assert shown == seen.decode(
+            "utf-8", errors="ignore"
+        )  # the unfinished end: TEXT has no other error
     assert shown == TEXT and stream.finish() == ""
 
 

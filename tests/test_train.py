@@ -27,8 +27,16 @@ from utils import Checkpoints, TrainState, create_optimizer, learning_rate_sched
 
 ROOT = Path(__file__).parents[1]
 CHARS = "".join(map(chr, range(97, 97 + 23)))
-TINY = TrainConfig(model=GPTConfig(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=32, bias=True), batch_size=4,
-                   max_iters=300, warmup_iters=2, eval_iters=3, learning_rate=1e-2, min_lr=1e-3, tensorboard=False)
+TINY = TrainConfig(
+    model=GPTConfig(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=32, bias=True),
+    batch_size=4,
+    max_iters=300,
+    warmup_iters=2,
+    eval_iters=3,
+    learning_rate=1e-2,
+    min_lr=1e-3,
+    tensorboard=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +87,9 @@ def test_batch_t_is_a_pure_function(file):
     get_batch(file, 99, (2, 4, 16), seed=4)
     assert (get_batch(file, 5, (2, 4, 16), seed=3) == a).all()
     assert (get_batch(file, 5, (8, 16), seed=3).reshape(a.shape) == a).all()
-    assert (get_batch(file, 5, (2, 4, 16), seed=4) != a).any() and (get_batch(file, 6, (2, 4, 16), seed=3) != a).any()
+    assert (get_batch(file, 5, (2, 4, 16), seed=4) != a).any() and (
+        get_batch(file, 6, (2, 4, 16), seed=3) != a
+    ).any()
 
 
 def test_a_file_too_short_is_refused(file):
@@ -90,7 +100,9 @@ def test_a_file_too_short_is_refused(file):
 def test_memory_stays_flat_over_many_batches(tmp_path):
     """Catches a mapping that is kept, whose touched pages all count as this process's memory (here up to 64 MiB)."""
     np.zeros(2**25, np.uint16).tofile(tmp_path / "x.bin")
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = lambda: (
+        int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    )
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc to measure resident memory")
     file = TokenFile(tmp_path / "x.bin", "uint16")
@@ -106,8 +118,14 @@ def test_one_step_changes_every_parameter_and_counts():
     state = TrainState.create(TINY)
     before = jax.device_get(state.params)
     state, metrics = train_step(state, batch(), TINY)
-    assert int(state.step) == 1 and abs(float(metrics["loss"]) - np.log(23)) < 0.05 and metrics["grad_norm"] > 0
-    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(before)[0], jax.tree.leaves(state.params)):
+    assert (
+        int(state.step) == 1
+        and abs(float(metrics["loss"]) - np.log(23)) < 0.05
+        and metrics["grad_norm"] > 0
+    )
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(before)[0], jax.tree.leaves(state.params)
+    ):
         assert (np.asarray(b) != a).any(), path
 
 
@@ -144,7 +162,11 @@ def test_decay_and_muon_go_by_path():
         config = dataclasses.replace(TINY, optimizer=optimizer, warmup_iters=0, weight_decay=0.5)
         params = jax.tree.map(jnp.ones_like, TrainState.create(config).params)
         tx = create_optimizer(config)
-        update = jax.jit(lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0])
+        update = jax.jit(
+            lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[
+                0
+            ]
+        )
         for path, u in jax.tree_util.tree_flatten_with_path(update(params))[0]:
             name = path_name(path)
             want = -0.5 * 1e-2 if name.endswith(("kernel", "embedding")) else 0.0
@@ -153,19 +175,25 @@ def test_decay_and_muon_go_by_path():
 
 def test_muon_orthogonalises_each_layer_by_itself():
     """Catches Muon that takes the stack (L, in, out) for one matrix: a layer's update must not feel another's gradient."""
-    config = dataclasses.replace(TINY, optimizer="muon", warmup_iters=0, weight_decay=0.0, grad_clip=0.0)
+    config = dataclasses.replace(
+        TINY, optimizer="muon", warmup_iters=0, weight_decay=0.0, grad_clip=0.0
+    )
     params = TrainState.create(config).params
     tx = create_optimizer(config)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), params)
-    update = jax.jit(lambda g: tx.update(g, tx.init(params), params)[0]["h"]["mlp"]["c_fc"]["kernel"])
+    update = jax.jit(
+        lambda g: tx.update(g, tx.init(params), params)[0]["h"]["mlp"]["c_fc"]["kernel"]
+    )
     other = jax.tree.map(lambda a: a, grads)
     other["h"]["mlp"]["c_fc"]["kernel"] = grads["h"]["mlp"]["c_fc"]["kernel"].at[1].multiply(-3.0)
     a, b = update(grads), update(other)
     np.testing.assert_array_equal(a[0], b[0])
     assert (a[1] != b[1]).any()
     singular = np.linalg.svd(np.asarray(a[0]), compute_uv=False)
-    assert singular.max() / singular.min() < 2.5, "Newton-Schulz brings all singular values near one another"
+    assert singular.max() / singular.min() < 2.5, (
+        "Newton-Schulz brings all singular values near one another"
+    )
 
 
 def test_gradients_are_clipped_to_their_global_norm():
@@ -176,18 +204,28 @@ def test_gradients_are_clipped_to_their_global_norm():
     assert abs(float(optax.tree.norm(clipped)) - 1e-3) < 1e-8
     tx = create_optimizer(config)
     _, a = jax.jit(tx.update)(grads, tx.init(grads), grads)
-    moments = [x for path, x in jax.tree_util.tree_flatten_with_path(a)[0] if ".mu" in jax.tree_util.keystr(path)]
+    moments = [
+        x
+        for path, x in jax.tree_util.tree_flatten_with_path(a)[0]
+        if ".mu" in jax.tree_util.keystr(path)
+    ]
     norm = float(optax.tree.norm(moments)) / (1 - config.beta1)
     assert abs(norm - 1e-3) < 1e-6, "the moments see clipped gradients"
 
 
 def test_schedules():
     """Catches a warmup that starts at 0 or ends late, a decay that ends early, decay_lr=False that decays."""
-    base = dataclasses.replace(TINY, max_iters=1000, warmup_iters=100, learning_rate=1.0, min_lr=0.1)
+    base = dataclasses.replace(
+        TINY, max_iters=1000, warmup_iters=100, learning_rate=1.0, min_lr=0.1
+    )
     cosine = learning_rate_schedule(base)
-    np.testing.assert_allclose([cosine(s) for s in (0, 100, 550, 1000, 2000)], [1 / 101, 1, 0.55, 0.1, 0.1], rtol=1e-4)
+    np.testing.assert_allclose(
+        [cosine(s) for s in (0, 100, 550, 1000, 2000)], [1 / 101, 1, 0.55, 0.1, 0.1], rtol=1e-4
+    )
     wsd = learning_rate_schedule(dataclasses.replace(base, lr_schedule="wsd"))
-    np.testing.assert_allclose([wsd(s) for s in (100, 500, 820, 910, 1000)], [1, 1, 1, 0.55, 0.1], rtol=1e-4)
+    np.testing.assert_allclose(
+        [wsd(s) for s in (100, 500, 820, 910, 1000)], [1, 1, 1, 0.55, 0.1], rtol=1e-4
+    )
     flat = learning_rate_schedule(dataclasses.replace(base, decay_lr=False))
     np.testing.assert_allclose([flat(s) for s in (50, 100, 999)], [51 / 101, 1, 1], rtol=1e-2)
 
@@ -197,11 +235,17 @@ def test_estimate_loss_is_a_uniform_guess_at_first_and_always_the_same_tokens(da
     state = TrainState.create(TINY)
     files, _ = train.load_data(data_dir)
     losses = estimate_loss(state, TINY, files)
-    assert set(losses) == {"train", "val"} and all(abs(x - np.log(23)) < 0.05 for x in losses.values())
+    assert set(losses) == {"train", "val"} and all(
+        abs(x - np.log(23)) < 0.05 for x in losses.values()
+    )
     later = dataclasses.replace(state, step=state.step + 7)
     assert estimate_loss(later, TINY, files) == losses
     loss = jax.jit(state.model.loss)
-    each = [loss(b[:, :-1], b[:, 1:]) for t in range(3) for b in [get_batch(files["val"], t, (4, 16), EVAL_SEED)]]
+    each = [
+        loss(b[:, :-1], b[:, 1:])
+        for t in range(3)
+        for b in [get_batch(files["val"], t, (4, 16), EVAL_SEED)]
+    ]
     assert abs(losses["val"] - np.mean(each)) < 1e-6
 
 
@@ -214,7 +258,7 @@ def test_full_loss_counts_every_token_once(data_dir):
     forward = jax.jit(lambda tokens: jax.nn.log_softmax(state.model(tokens)[0]))
     total = 0.0
     for start in range(0, 500, 16):
-        window = data[start:start + 17]
+        window = data[start : start + 17]
         n = len(window) - 1
         logp = forward(np.pad(window[:-1], (0, 16 - n))[None])[0]
         total -= float(sum(logp[i, window[i + 1]] for i in range(n)))
@@ -227,7 +271,9 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     checkpoints, params = Checkpoints(tmp_path), {}
     for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, None)]:
         params[step] = jax.tree.map(lambda a: a + step, state.params)
-        checkpoints.save(dataclasses.replace(state, step=jnp.int32(step), params=params[step]), loss)
+        checkpoints.save(
+            dataclasses.replace(state, step=jnp.int32(step), params=params[step]), loss
+        )
     checkpoints.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
     reopened = Checkpoints(tmp_path)
@@ -245,12 +291,30 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
 
 # From here on, whole programs.
 
-FLAGS = ["--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=4", "--max_iters=60", "--dropout=0.2",
-         "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--warmup_iters=5", "--tensorboard=False"]
+FLAGS = [
+    "--block_size=16",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--batch_size=4",
+    "--max_iters=60",
+    "--dropout=0.2",
+    "--eval_interval=5",
+    "--eval_iters=2",
+    "--log_interval=1",
+    "--warmup_iters=5",
+    "--tensorboard=False",
+]
 
 
 def run(program: str, *argv) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, program, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, program, *map(str, argv)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def training(data_dir, out_dir, *argv) -> list[str]:
@@ -278,7 +342,13 @@ def test_a_run_learns_and_leaves_what_design_says(finished):
     val = [row["val_loss"] for row in log if "val_loss" in row]
     assert [row["step"] for row in log if "loss" in row] == list(range(1, 61)) and len(val) == 13
     assert abs(val[0] - np.log(23)) < 0.05 and val[-1] < 0.8 * val[0]
-    assert {p.name for p in finished.iterdir()} == {"checkpoints", "config.json", "meta.json", "metrics.jsonl", "loss.png"}
+    assert {p.name for p in finished.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "meta.json",
+        "metrics.jsonl",
+        "loss.png",
+    }
     assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -293,7 +363,9 @@ def test_killed_runs_end_in_the_same_bits(data_dir, finished, tmp_path):
         how = ("TERM", "SAVE", "KILL")[kill % 3]
         before = len(rows(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
         target = before + rng.randint(3, max(4, (66 - before) // max(1, kills - kill)))
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None:
             if how == "SAVE":
                 now = any(tmp_path.glob("checkpoints/*tmp*"))
@@ -322,16 +394,23 @@ def rows_so_far(out_dir: Path) -> list[str]:
     return (out_dir / "metrics.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--init_from=scratch"], ["step 60", "--init_from=resume"]),
-    (["--init_from=resume", "--n_layer=3"], ["n_layer=3", "n_layer=2"]),
-    (["--init_from=resume", "--data_dir=/nowhere/at_all"], ["/nowhere/at_all", "prepare.py"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--init_from=scratch"], ["step 60", "--init_from=resume"]),
+        (["--init_from=resume", "--n_layer=3"], ["n_layer=3", "n_layer=2"]),
+        (["--init_from=resume", "--data_dir=/nowhere/at_all"], ["/nowhere/at_all", "prepare.py"]),
+    ],
+)
 def test_what_cannot_be_trained_is_refused(data_dir, finished, argv, words):
     """Catches a run that is overwritten, and a resume that silently trains another model."""
     before = (finished / "metrics.jsonl").read_text()
     done = run("train.py", *training(data_dir, finished, *argv))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(w in done.stderr for w in words), done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and all(w in done.stderr for w in words)
+    ), done.stderr
     assert (finished / "metrics.jsonl").read_text() == before
 
 
@@ -339,36 +418,73 @@ def test_finetuning_starts_from_the_given_weights(data_dir, finished, tmp_path):
     """Catches --init_from=DIR that trains from scratch, or takes the flags' shape for the checkpoint's."""
     model, tokenizer, _ = load_model(finished)
     model.save_pretrained(tmp_path / "hf", tokenizer)
-    done = run("train.py", "finetune_shakespeare", f"--data_dir={data_dir}", f"--init_from={tmp_path / 'hf'}",
-               f"--out_dir={tmp_path / 'out'}", "--max_iters=2", "--eval_iters=2", "--loss_chunks=1", "--tensorboard=False",
-               "--gradient_accumulation_steps=2", "--block_size=8", "--learning_rate=1e-5")
+    done = run(
+        "train.py",
+        "finetune_shakespeare",
+        f"--data_dir={data_dir}",
+        f"--init_from={tmp_path / 'hf'}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--max_iters=2",
+        "--eval_iters=2",
+        "--loss_chunks=1",
+        "--tensorboard=False",
+        "--gradient_accumulation_steps=2",
+        "--block_size=8",
+        "--learning_rate=1e-5",
+    )
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "out" / "config.json").read_text())["model"]
     assert (saved["n_embd"], saved["block_size"], saved["vocab_size"]) == (32, 8, 23)
-    assert [row["val_loss"] for row in rows(tmp_path / "out") if "val_loss" in row][0] < np.log(23) - 0.3
-    refused = run("train.py", "finetune_shakespeare", f"--data_dir={data_dir}", f"--init_from={tmp_path / 'hf'}",
-                  f"--out_dir={tmp_path / 'other'}", "--n_layer=5")
-    assert refused.returncode == 2 and "n_layer=5" in refused.stderr and "n_layer=2" in refused.stderr, refused.stderr
+    assert [row["val_loss"] for row in rows(tmp_path / "out") if "val_loss" in row][0] < np.log(
+        23
+    ) - 0.3
+    refused = run(
+        "train.py",
+        "finetune_shakespeare",
+        f"--data_dir={data_dir}",
+        f"--init_from={tmp_path / 'hf'}",
+        f"--out_dir={tmp_path / 'other'}",
+        "--n_layer=5",
+    )
+    assert (
+        refused.returncode == 2 and "n_layer=5" in refused.stderr and "n_layer=2" in refused.stderr
+    ), refused.stderr
 
 
 def test_sample_writes_what_generate_does(finished):
     """Catches a streamed sample that loses or repeats characters at the seams of its bursts."""
-    done = run("sample.py", f"--out_dir={finished}", "--start=abc", "--num_samples=2", "--max_new_tokens=70", "--seed=5")
+    done = run(
+        "sample.py",
+        f"--out_dir={finished}",
+        "--start=abc",
+        "--num_samples=2",
+        "--max_new_tokens=70",
+        "--seed=5",
+    )
     assert done.returncode == 0, done.stderr
     model, tokenizer, step = load_model(finished)
-    samples = model.for_inference().generate([tokenizer.encode("abc")] * 2, 70, temperature=0.8, top_k=200, seed=5)
+    samples = model.for_inference().generate(
+        [tokenizer.encode("abc")] * 2, 70, temperature=0.8, top_k=200, seed=5
+    )
     want = ("\n" + "-" * 15 + "\n").join(map(tokenizer.decode, samples))
     assert done.stdout.split("\n\n", 1)[1] == want + "\n" and f"step {step}" in done.stdout
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--start=abcXYZ"], ["XYZ"]),
-    (["--start="], ["empty"]),
-    (["--start=FILE:/no/such/file"], ["/no/such/file"]),
-    (["--out_dir=/no/such/dir"], ["/no/such/dir", "config.json"]),
-    (["--temperature=-1"], ["temperature=-1"]),
-    (["--init_from=gpt2"], ["--out_dir", "--init_from"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--start=abcXYZ"], ["XYZ"]),
+        (["--start="], ["empty"]),
+        (["--start=FILE:/no/such/file"], ["/no/such/file"]),
+        (["--out_dir=/no/such/dir"], ["/no/such/dir", "config.json"]),
+        (["--temperature=-1"], ["temperature=-1"]),
+        (["--init_from=gpt2"], ["--out_dir", "--init_from"]),
+    ],
+)
 def test_sample_refuses_in_a_sentence(finished, argv, words):
     done = run("sample.py", f"--out_dir={finished}", *argv)
-    assert done.returncode == 2 and all(w in done.stderr for w in words) and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and all(w in done.stderr for w in words)
+        and "Traceback" not in done.stderr
+    ), done.stderr
