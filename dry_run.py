@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-import config as configs
 import pretrained
-from config import TrainConfig
+from config import TrainConfig, changed
 from mesh import Layout, batch_sharding, describe, planned_mesh, use_cpu_cores
-from model import ACTIVATIONS
+from ops import ACTIVATIONS
 from utils import TrainState
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -110,7 +109,7 @@ def with_data(config: TrainConfig) -> TrainConfig:
         stored = pretrained.read_config(
             pretrained.fetch(config.init_from, "config.json") / "config.json"
         )
-        model = pretrained.overridden(stored, configs.changed(model))
+        model = pretrained.overridden(stored, changed(model))
     elif meta.exists():
         model = dataclasses.replace(model, vocab_size=json.loads(meta.read_text())["vocab_size"])
     elif config.dataset.endswith("char"):
@@ -135,7 +134,7 @@ def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[in
     is 4 C, and all of it for one block at a time. Pipeline stages keep what they computed in idle ticks too. The rest: 12 C for
     the last LayerNorm and its input, the logits of a chunk and their gradient."""
     model, layout = config.model, Layout(mesh, config.model.remat)
-    (R, K), W, (S, M) = layout.shards, layout.width_shards, layout.stages(config.batch_size)
+    (R, K), W, (S, M) = layout.batch_shards, layout.width_shards, layout.stages(config.batch_size)
     T, C, H = model.block_size, model.n_embd, model.n_head
     e, dropped = jnp.dtype(model.dtype).itemsize, int(model.dropout > 0)
     kept = jax.eval_shape(lambda x: jax.vjp(ACTIVATIONS[model.activation], x)[1], jnp.zeros(1))
@@ -162,7 +161,7 @@ def report(config: TrainConfig, train_step: Callable) -> Iterator[str]:
         config.batch_size,
         config.model.block_size,
     )
-    state = TrainState.shapes(config, mesh)
+    state = TrainState.abstract(config, mesh)
     blocks, with_remat, rest = activation_bytes(config, mesh)
     whole = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     share = lambda tree: (

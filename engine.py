@@ -28,50 +28,23 @@ from flax import nnx
 from tqdm import tqdm
 
 from block_manager import BlockManager
-from config import EngineConfig, GPTConfig, require
+from config import EngineConfig, GPTConfig
+from errors import require
 from model import GPT
 from paged_attention import PagedKVCache, num_pages_for
-from sampling import Slots, Wanted, sample
-from scheduler import MAX_BIASES, MAX_LOGPROBS, Plan, SamplingParams, Scheduler, Sequence
-from tokenizer import StreamDecoder, Tokenizer
-
-
-class Logprobs(NamedTuple):
-    token: int
-    logprob: float
-    top: dict[int, float]  # the likeliest tokens and their logprobs, as many as were asked for
-
-
-class Times(NamedTuple):
-    """Seconds of time.perf_counter()."""
-
-    added: float
-    admitted: float
-    first_token: float
-    finished: float
-
-
-@dataclass
-class Output:
-    """What one step has brought one sample; `generate` returns the sum over all steps."""
-
-    request_id: int
-    index: int  # of the sample, 0 to n - 1
-    token_ids: list[int]
-    text: str  # what became certain: withheld while it could begin a stop string
-    logprobs: list[Logprobs] | None  # one per new token
-    prompt_logprobs: list[Logprobs | None] | None  # on a sample's first output
-    finish_reason: str | None  # "stop" or "length" on the last output
-    times: Times | None = None  # on the last output
-
-    def __add__(self, later: "Output") -> "Output":
-        return dataclasses.replace(
-            later,
-            token_ids=self.token_ids + later.token_ids,
-            text=self.text + later.text,
-            logprobs=None if self.logprobs is None else self.logprobs + later.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+from sampling import Slots, StepNeeds, sample
+from scheduler import Plan, Scheduler
+from sequence import (
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    Logprobs,
+    Output,
+    SamplingParams,
+    Sequence,
+    TextStream,
+    Times,
+)
+from tokenizer import Tokenizer
 
 
 class Sampled(NamedTuple):
@@ -91,7 +64,7 @@ def model_step(
     slots: Slots,
     rows,
     samples,
-    wanted: Wanted,
+    needs: StepNeeds,
     *,
     config: GPTConfig,
     attention: str,
@@ -112,7 +85,7 @@ def model_step(
     last = x[source, jnp.maximum(new[source], 1) - 1]  # (S, C)
     length = start[source] + new[source]  # position of the sampled token
     logits = model.logits(last[:, None])[:, 0]  # (S, V)
-    token = sample(logits, slots, slot, length, wanted)
+    token = sample(logits, slots, slot, length, needs)
 
     def score(logits, token):
         """Log softmax of token (...), and the likeliest tokens."""
@@ -128,7 +101,7 @@ def model_step(
         lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(f, *args)
     )
     skip = lambda f: lambda *args: like(f, *args)
-    top = jax.lax.cond(wanted.top, likeliest, skip(likeliest), logits, total)
+    top = jax.lax.cond(needs.top, likeliest, skip(likeliest), logits, total)
 
     def score_prompt(x, next_token):
         """Tile by tile, so that logits exist for one page of tokens at a time."""
@@ -143,7 +116,7 @@ def model_step(
     prompt = None
     if T > 1:
         next_token = slots.tokens[rows[:, :1], at + 1]
-        prompt = jax.lax.cond(wanted.prompt, score_prompt, skip(score_prompt), x, next_token)
+        prompt = jax.lax.cond(needs.prompt, score_prompt, skip(score_prompt), x, next_token)
     slots = dataclasses.replace(slots, tokens=slots.tokens.at[slot, length].set(token))
     return (cache.k_pages, cache.v_pages), slots, Sampled(token, (logprob, *top), prompt)
 
@@ -176,37 +149,12 @@ def copy_page(pool, source, target):
     return jax.tree.map(lambda pages: pages.at[:, target].set(pages[:, source]), pool)
 
 
-class Text:
-    """The text of one sample, given out as it becomes certain: nothing that could still turn out to begin a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self.decoder, self.stop = StreamDecoder(tokenizer), stop
-        self.held = ""
-        self.stopped = False
-
-    def push(self, tokens: list[int], last: bool = False, search: bool = True) -> str:
-        """What became certain with these tokens; after the last ones that is all, up to the first stop string found."""
-        text = self.held + self.decoder.push(tokens) + (self.decoder.finish() if last else "")
-        stop = self.stop if search else ()
-        found = [at for s in stop if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        most = (
-            0
-            if last
-            else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        )
-        self.held = text[len(text) - most :]
-        return text[: len(text) - most]
-
-
 class Call(NamedTuple):
     """A model_step in flight."""
 
     tiles: list[tuple[Sequence, int, int]]  # of a prefill
     seqs: list[Sequence]  # who gets the samples
-    wanted: Wanted
+    needs: StepNeeds
     sampled: Sampled
 
 
@@ -321,7 +269,7 @@ class Engine:
         for seq in seqs:
             seq.stop_ids = stop_ids
             seq.times = [time.perf_counter()]
-            seq.text = None if self.tokenizer is None else Text(self.tokenizer, params.stop)
+            seq.text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
             if not seq.prompt_logprobs:
                 seq.prompt_logprobs = [
                     None
@@ -452,7 +400,7 @@ class Engine:
         for i, (row, seq) in enumerate(samples):
             to_sample[i] = row, seq.slot
         asked = [seq.params for _, seq in samples]
-        wanted = Wanted(
+        needs = StepNeeds(
             any(p.adjusts for p in asked),
             any(p.keeps for p in asked),
             any(p.logprobs for p in asked),
@@ -464,20 +412,20 @@ class Engine:
             self.slots,
             rows,
             to_sample,
-            wanted,
+            needs,
             config=self.model_config,
             attention=self.attention,
             T=T,
         )
-        return Call(tiles, [seq for _, seq in samples], wanted, sampled)
+        return Call(tiles, [seq for _, seq in samples], needs, sampled)
 
     def _collect(self, calls: list[Call]) -> list[Output]:
         """Waits for a step's samples, and the pages that leave, and makes outputs of them."""
         wait_for = [
             (
                 c.sampled.token,
-                c.sampled.logprobs[: None if c.wanted.top else 1],
-                c.sampled.prompt if c.wanted.prompt else None,
+                c.sampled.logprobs[: None if c.needs.top else 1],
+                c.sampled.prompt if c.needs.prompt else None,
             )
             for c in calls
         ]
@@ -487,7 +435,7 @@ class Engine:
         self.swapped |= pages
         outputs = []
         for call, (tokens, logprobs, prompt) in zip(calls, results):
-            for r, (seq, start, new) in enumerate(call.tiles if call.wanted.prompt else []):
+            for r, (seq, start, new) in enumerate(call.tiles if call.needs.prompt else []):
                 if seq.params.prompt_logprobs is not None:
                     for t, token in enumerate(seq.prompt[start + 1 : start + new + 1]):
                         seq.prompt_logprobs.append(

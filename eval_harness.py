@@ -6,10 +6,11 @@ endings, the examples of a few-shot task) is computed once. The model sees a tri
 kind (Trie, below).
 """
 
-import config as configs
+import cli
+from config import EvalConfig
 
-if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
-    CONFIG = configs.parse(configs.EvalConfig)
+if __name__ == "__main__":
+    cli.run("eval_harness", EvalConfig)
 
 import dataclasses
 import json
@@ -37,10 +38,10 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from config import EvalConfig, require
 from engine import Engine
-from model import einsum
-from scheduler import SamplingParams
+from errors import require
+from ops import einsum
+from sequence import SamplingParams
 from utils import open_model, write_atomically
 
 
@@ -357,8 +358,3 @@ def main(config: EvalConfig) -> None:
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-
-
-if __name__ == "__main__":
-    with configs.user_errors():
-        main(CONFIG)

@@ -1,11 +1,11 @@
 """Make a Hugging Face directory of a trained model: python export.py --out_dir=DIR --to=HF_DIR"""
 
-import config as configs
-
-if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
-    CONFIG = configs.parse(configs.ExportConfig)
-
+import cli
 from config import ExportConfig
+
+if __name__ == "__main__":
+    cli.run("export", ExportConfig)
+
 from utils import load_model
 
 
@@ -20,8 +20,3 @@ def main(config: ExportConfig) -> None:
         print(
             "it was trained without biases; there they are zeros: Hugging Face's GPT-2 always has them"
         )
-
-
-if __name__ == "__main__":
-    with configs.user_errors():
-        main(CONFIG)

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from config import TrainConfig, require
+from config import TrainConfig
+from errors import require
 
 # Peak dense bfloat16 FLOP/s by jax.Device.device_kind, from the makers' data sheets; MFU is shown where the device is known.
 PEAK_FLOPS = {
@@ -298,7 +299,7 @@ class Layout:
     remat: bool  # of the blocks, as GPTConfig has it
 
     @property
-    def shards(self) -> tuple[int, int]:
+    def batch_shards(self) -> tuple[int, int]:
         return math.prod(self.mesh.shape[axis] for axis in ROWS), self.mesh.shape["context"]
 
     @property
@@ -310,7 +311,7 @@ class Layout:
         """Stages of the pipeline, and micro-batches that `rows` rows go through it in: (1, 1) if there is no pipeline."""
         S = self.mesh.shape["layers"]
         # Up to four micro-batches a stage: then stages idle for less than a fifth of the time.
-        return S, S * largest_divisor(rows // self.shards[0], 4) if S > 1 else 1
+        return S, S * largest_divisor(rows // self.batch_shards[0], 4) if S > 1 else 1
 
     def scan(
         self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,51 +17,13 @@ import optax
 from flax import nnx
 
 import pretrained
-from config import GPTConfig, require
+from config import GPTConfig
+from errors import require
+from generation import Sampling, decode, prefill, round_up, window_start
+from ops import ACTIVATIONS, causal_attention, dropout, einsum, flash_attention, mean
 from tokenizer import Tokenizer
 
-ACTIVATIONS = {
-    "gelu_new": partial(jax.nn.gelu, approximate=True),  # GPT-2's, tanh form
-    "gelu": partial(jax.nn.gelu, approximate=False),  # exact, by erf
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-# Training keeps the argument alone: 4 bytes a number, where the derivative of gelu_new would keep 20.
-ACTIVATIONS = {name: jax.checkpoint(f) for name, f in ACTIVATIONS.items()}
 Params = dict  # nested dict of arrays, keyed by the path of the module attribute: {"h": {"ln_1": {"scale": (L, C)}}}
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """jnp.einsum(spec, a, b) with inputs rounded to dtype and summed in float32; returns float32.
-
-    The gradient's two matmuls round their inputs alike: the cotangent is rounded too, where plain JAX would multiply float32 by
-    bfloat16. Every index of an operand must occur in the other operand or in the output."""
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _einsum_fwd(spec, a, b, dtype):
-    a, b = a.astype(dtype), b.astype(dtype)
-    return einsum(spec, a, b, dtype), (a, b)
-
-
-def _einsum_bwd(spec, dtype, inputs, g):
-    a, b = inputs
-    (a_spec, b_spec), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    return einsum(f"{out},{b_spec}->{a_spec}", g, b, dtype), einsum(
-        f"{a_spec},{out}->{b_spec}", a, g, dtype
-    )
-
-
-einsum.defvjp(_einsum_fwd, _einsum_bwd)
-
-
-def mean(x: jax.Array) -> jax.Array:
-    """Mean over the last axis: (B, ..., C) -> (B, ..., 1). Few rows are padded, since XLA on CPU sums fewer than 4096 numbers in
-    another order: so the bits of a row do not depend on how many there are."""
-    B = len(x)
-    more = max(0, -(-4096 * B // x.size) - B)
-    return jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)).mean(-1, keepdims=True)[:B]
 
 
 class LayerNorm(nnx.Module):
@@ -96,75 +57,6 @@ class Linear(nnx.Module):
         y = einsum("bti,ipo->btpo", x, kernel.reshape(len(kernel), parts, -1), self.dtype)
         y = y if self.bias is None else y + self.bias[...].reshape(parts, -1)
         return y.squeeze(2) if parts == 1 else y
-
-
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zero each element of x (B, ...) with probability rate and scale the rest by 1 / (1 - rate); no keys, no dropout
-    (Srivastava et al. 2014). Row b is drawn with keys[b]: how rows are spread over devices or pipeline stages changes nothing."""
-    if keys is None or rate == 0:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    dtype: str,
-    rate: float = 0.0,
-    dropout_keys: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v, each position over itself and those before it (Vaswani et al. 2017).
-
-    q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities."""
-    T, D = q.shape[1], q.shape[3]
-    q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))  # (B, H, T, D)
-    scores = einsum("bhtd,bhsd->bhts", q, k, dtype)
-    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
-    probs = dropout(jax.nn.softmax(scores), rate, dropout_keys)
-    return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
-
-
-def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implementation: str = "cudnn"
-) -> jax.Array:
-    """causal_attention without its scores in memory (Dao et al. 2022), rounded to dtype: cuDNN's kernel on NVIDIA GPUs."""
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, implementation=implementation
-    ).astype(jnp.float32)
-
-
-def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
-    """config with training_attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla.
-
-    alone=False: T is sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is
-    demanded in vain."""
-    problem = (
-        "it needs bfloat16 and no dropout"
-        if config.dtype != "bfloat16" or config.dropout
-        else "it needs whole sequences and no pipeline"
-        if not alone
-        else "it needs an NVIDIA GPU"
-        if jax.default_backend() != "gpu"
-        else None
-    )
-    if config.training_attention != "xla" and not problem:
-        q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
-        try:
-            jax.block_until_ready(
-                jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q)
-            )
-        except Exception as e:  # whatever cuDNN, its driver or its version have to say
-            problem = repr(e)
-    require(
-        config.training_attention != "cudnn" or not problem,
-        f"training_attention=cudnn does not work here: {problem}",
-    )
-    if config.training_attention != "auto":
-        return config
-    return dataclasses.replace(config, training_attention="xla" if problem else "cudnn")
 
 
 class CausalSelfAttention(nnx.Module):
@@ -220,53 +112,10 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln_2(x), keys[2]), cache
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Dense keys and values of B rows, with room for S tokens each. Rows may hold different numbers of tokens."""
-
-    k: jax.Array  # (L, B, H, S, D) in the compute dtype; float32 on CPU
-    v: jax.Array  # (L, B, H, S, D)
-    length: jax.Array  # (B,) int32 tokens held
-
-    @classmethod
-    def create(cls, config: GPTConfig, batch: int, slots: int) -> "KVCache":
-        """Empty. XLA on CPU converts a whole bfloat16 array to float32 and back to write into it, so there it is float32."""
-        shape = (config.n_layer, batch, config.n_head, slots, config.head_dim)
-        dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
-
-    def positions(self, T: int) -> jax.Array:
-        """(B, T) positions of the next T tokens of each row."""
-        return self.length[:, None] + jnp.arange(T)
-
-    def attend(
-        self, layer, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, "KVCache"]:
-        """Write k, v of T new tokens, then attend q over all that each row holds up to and including itself.
-
-        q, k, v (B, T, H, D); returns (B, T, H, D) float32 and the extended cache. A token past slot S is not written."""
-        B, T, H, D = q.shape
-        at = self.positions(T)
-        # Advanced indices with a slice between them: the indexed shape is (B, T, H, D), as k has it.
-        write = lambda pages, new: pages.at[layer, jnp.arange(B)[:, None], :, at].set(
-            new.astype(pages.dtype), mode="drop"
-        )
-        cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
-        dtype = str(self.k.dtype)
-        scores = einsum("bthd,bhsd->bhts", q * D**-0.5, cache.k[layer], dtype)
-        visible = jnp.arange(self.k.shape[3]) <= at[:, None, :, None]  # (B, 1, T, S)
-        probs = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-        return einsum("bhts,bhsd->bthd", probs, cache.v[layer], dtype), cache
-
-    def advance(self, T: int) -> "KVCache":
-        return dataclasses.replace(self, length=self.length + T)
-
-
 class OneDevice:
     """How a GPT is spread over devices: not at all. Another layout has the same attributes (mesh.Layout)."""
 
-    shards = 1, 1  # into how many parts the rows and the positions of a batch are cut
+    batch_shards = 1, 1  # into how many parts the rows and the positions of a batch are cut
     scan = staticmethod(jax.lax.scan)  # iterates the blocks
 
 
@@ -396,7 +245,7 @@ class GPT(nnx.Module):
             return chunk_loss(x, targets) / count
         # One head per shard of the batch, each where its shard is: the chunks add up its gradient there, and what goes through
         # the network is the sum over chunks. Every chunks-th position makes a chunk, so that each has its part of every shard.
-        (R, K), (B, T) = self.layout.shards, tokens.shape
+        (R, K), (B, T) = self.layout.batch_shards, tokens.shape
         heads = jnp.broadcast_to(self.wte.embedding[...], (R * K, *self.wte.embedding.shape))
 
         def split(a):  # (B, T, ...) -> (chunks, R K, B / R, T / K / chunks, ...)
@@ -555,88 +404,6 @@ class GPT(nnx.Module):
             yield fresh
 
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def window_start(n: int, block_size: int) -> int:
-    """Where the context of a row of n tokens starts: at 0 while it fits, then in steps of half a block."""
-    step = max(1, block_size // 2)
-    return max(0, round_up(n - block_size, step))
-
-
 def gpt_graphdef(config: GPTConfig, layout=OneDevice()) -> nnx.GraphDef:
     """The static half of a GPT: nnx.merge(gpt_graphdef(config), params) is the model. Allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), layout=layout)))[0]
-
-
-class Sampling(NamedTuple):
-    temperature: float
-    top_k: int | None
-    top_p: float
-
-
-def sample(logits: jax.Array, seeds: jax.Array, positions: jax.Array, how: Sampling) -> jax.Array:
-    """logits (B, V), seeds and positions (B,) -> tokens (B,) int32, each drawn with a key that is a function of its own
-    (seed, position). Among equals at the edge of top_k or top_p all are kept."""
-    if how.temperature == 0:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / how.temperature
-    if how.top_k is not None and how.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if how.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ordered)
-        kept = jnp.cumsum(probs, -1) - probs < how.top_p  # the token that crosses top_p is kept
-        smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, positions)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-@partial(jax.jit, static_argnums=(0, 6, 7))
-def prefill(graphdef, params, tokens, lengths, positions, seeds, sampling: Sampling, slots: int):
-    """Read prompts tokens (B, T), right-padded, of `lengths` (B,), and sample the token that follows each: cache, token (B,)."""
-    model = nnx.merge(graphdef, params)
-    x, cache = model.hidden(tokens, KVCache.create(model.config, len(tokens), slots))
-    # What the padding wrote lies past each row's length: masked, and overwritten as the row grows.
-    cache = dataclasses.replace(cache, length=lengths.astype(jnp.int32))
-    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)  # (B, 1, C)
-    return cache, sample(model.logits(last)[:, 0], seeds, positions, sampling)
-
-
-@partial(jax.jit, static_argnums=(0, 8, 9, 10), donate_argnums=(2,))
-def decode(
-    graphdef,
-    params,
-    cache,
-    token,
-    positions,
-    seeds,
-    done,
-    steps,
-    sampling: Sampling,
-    stop_token: int | None,
-    burst: int,
-):
-    """Up to `steps` <= burst decoding steps in one device loop, fewer once every row is done. `cache` is donated.
-
-    token, positions (B,): each row's last token and how many tokens it has. Returns cache, token, new tokens (B, burst), steps."""
-    model = nnx.merge(graphdef, params)
-
-    def go_on(state):
-        i, _, _, _, done = state
-        return (i < steps) & ~done.all()
-
-    def step(state):
-        i, cache, token, new, done = state
-        logits, cache = model(token[:, None], cache)
-        token = sample(logits[:, 0], seeds, positions + i, sampling)
-        if stop_token is not None:
-            done = done | (token == stop_token)
-        return i + 1, cache, token, new.at[:, i].set(token), done
-
-    new = jnp.zeros((len(token), burst), jnp.int32)
-    steps, cache, token, new, _ = jax.lax.while_loop(go_on, step, (0, cache, token, new, done))
-    return cache, token, new, steps

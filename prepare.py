@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import PrepareConfig, parse, require, user_errors
+import cli
+from config import PrepareConfig
+from errors import require
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 
 SHAKESPEARE_URL = (
@@ -282,6 +284,4 @@ def replace(out: Path, new: Path, old: Path) -> None:
 
 
 if __name__ == "__main__":
-    config = parse(PrepareConfig)
-    with user_errors():
-        main(config)
+    cli.run("prepare", PrepareConfig)

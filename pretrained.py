@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer
-from config import GPTConfig, require
+from config import GPTConfig
+from errors import require
 
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

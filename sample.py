@@ -1,13 +1,14 @@
 """Write text with a trained model: python sample.py --out_dir=DIR | --init_from=gpt2 --start="To be" """
 
-import config as configs
+import cli
+from config import SampleConfig
 
-if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
-    CONFIG = configs.parse(configs.SampleConfig)
+if __name__ == "__main__":
+    cli.run("sample", SampleConfig)
 
 from pathlib import Path
 
-from config import SampleConfig, require
+from errors import require
 from tokenizer import StreamDecoder
 from utils import open_model
 
@@ -42,8 +43,3 @@ def main(config: SampleConfig) -> None:
     for row in rows[1:]:
         print("-" * 15)
         print(start + tokenizer.decode(row))
-
-
-if __name__ == "__main__":
-    with configs.user_errors():
-        main(CONFIG)

@@ -33,7 +33,7 @@ class Slots:
     biases: jax.Array  # (slots, MAX_BIASES) float32
 
 
-class Wanted(NamedTuple):
+class StepNeeds(NamedTuple):
     """Which parts of model_step some row of the call needs; the device skips the others."""
 
     adjust: bool
@@ -42,14 +42,14 @@ class Wanted(NamedTuple):
     prompt: bool
 
 
-def sample(logits, slots: Slots, slot, length, wanted: Wanted):
+def sample(logits, slots: Slots, slot, length, needs: StepNeeds):
     """logits (S, V) of the sequences in slot (S,) -> tokens (S,) int32 for their positions length (S,); see SamplingParams."""
     logits = jax.lax.cond(
-        wanted.adjust, lambda l: adjust(l, slots, slot, length), lambda l: l, logits
+        needs.adjust, lambda l: adjust(l, slots, slot, length), lambda l: l, logits
     )
     temperature = slots.temperature[slot][:, None]
     x = logits / jnp.where(temperature == 0, 1, temperature)
-    x = jax.lax.cond(wanted.keep, lambda x: keep(x, slots, slot), lambda x: x, x)
+    x = jax.lax.cond(needs.keep, lambda x: keep(x, slots, slot), lambda x: x, x)
 
     # One hash of a counter-based generator (Salmon et al. 2011): key is the seed, counter (index of the sample, position).
     hash_ = lambda seed, *counter: threefry_2x32(

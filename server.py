@@ -3,21 +3,17 @@
 The routes, what stands in front of them, and how the process ends. The engine has a thread of its own: see worker.py.
 """
 
-import config as configs
+import cli
+from config import ServeConfig
 
-if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
-    CONFIG = configs.parse(configs.ServeConfig)
+if __name__ == "__main__":
+    cli.run("server", ServeConfig)
 
 import asyncio
-import base64
 import contextlib
 import dataclasses
-import hmac
-import json
 import logging
 import os
-import re
-import secrets
 import signal
 import socket
 import sys
@@ -35,16 +31,17 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-import protocol
-from answers import ChatSample, EventStream, Sample, TextSample, Writer, attended
-from chat import ChatTemplate, load_template
-from config import ServeConfig, require
 from engine import Engine
-from protocol import APIError, GenerationRequest, invalid_request, refused, unavailable
-from scheduler import SamplingParams
+from errors import require
+from sequence import SamplingParams
+from serving import protocol
+from serving.answers import ChatSample, EventStream, Sample, TextSample, Writer, attended
+from serving.chat import ChatTemplate, load_template
+from serving.gate import Gate, JSONLines
+from serving.protocol import APIError, GenerationRequest, invalid_request, refused, unavailable
+from serving.worker import Job, Metrics, Worker
 from tokenizer import Tokenizer
 from utils import open_model
-from worker import Job, Metrics, Worker
 
 VERSION = "0.1.0"
 log = logging.getLogger("server")
@@ -246,7 +243,7 @@ def add_state(app: fastapi.FastAPI, front: Front) -> None:
 
 def add_page(app: fastapi.FastAPI) -> None:
     """A page to try the model on, and to watch the page pool."""
-    html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    html = (Path(__file__).parent / "serving" / "page.html").read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
@@ -296,71 +293,6 @@ def create_app(front: Front, template: ChatTemplate | None) -> fastapi.FastAPI:
     add_state(app, front)
     add_page(app)
     return app
-
-
-class Gate:
-    """The outermost layer: a request id that the answer carries, the API key, the size of the body, and a line in the log."""
-
-    def __init__(self, app: fastapi.FastAPI, api_key: str | None, max_body_bytes: int):
-        self.app, self.api_key, self.max_body_bytes = app, api_key, max_body_bytes
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return
-        begin, headers = time.perf_counter(), dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = (
-            given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(16)
-        )
-        entry = {
-            "request_id": request_id,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": None,
-        }
-        scope["log"] = entry
-        received = 0
-
-        async def limited_receive() -> dict:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                raise HTTPException(
-                    413, f"the body has more than {self.max_body_bytes} bytes, which is the limit"
-                )
-            return message
-
-        async def send_with_id(message) -> None:
-            if message["type"] == "http.response.start":
-                entry["status"] = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        try:
-            if scope["path"] == "/health" or self.allows(headers.get(b"authorization", b"")):
-                await self.app(scope, limited_receive, send_with_id)
-            else:
-                # A browser asks for a password; Chromium does not if Bearer is offered, too.
-                refusal = APIError(
-                    401,
-                    "a valid API key is needed: Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": 'Basic realm="the API key is the password"'},
-                )
-                await refusal.response()(scope, receive, send_with_id)
-        finally:
-            entry["seconds"] = round(time.perf_counter() - begin, 4)
-            often = scope["path"] in ("/health", "/metrics", "/pool")
-            log.log(logging.DEBUG if often else logging.INFO, "request", extra={"entry": entry})
-
-    def allows(self, authorization: bytes) -> bool:
-        """Bearer KEY, or a browser's Basic with KEY as the password. Compared in constant time."""
-        scheme, _, given = authorization.partition(b" ")
-        if scheme.lower() == b"basic":
-            with contextlib.suppress(ValueError):
-                given = base64.b64decode(given).partition(b":")[2]
-        return self.api_key is None or hmac.compare_digest(given, self.api_key.encode())
 
 
 class Server(uvicorn.Server):
@@ -436,21 +368,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-class JSONLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record),
-            "level": record.levelname,
-            "event": record.getMessage(),
-            **getattr(record, "entry", {}),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
 def main(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
     handler = logging.StreamHandler()
@@ -477,8 +394,3 @@ def main(config: ServeConfig) -> None:
         await server.serve([listener])
 
     asyncio.run(run())
-
-
-if __name__ == "__main__":
-    with configs.user_errors():
-        main(CONFIG)

@@ -4,16 +4,16 @@ Read `train_step` first: tokens and a TrainState in, a TrainState and two number
 what it makes. Everything random is a function of (seed, step), so a run that was killed and resumed ends in the same bits.
 """
 
-import config as configs
+import cli
+from config import TRAIN_PRESETS, TrainConfig, changed
 
-if __name__ == "__main__":  # flags first: --help and typos answer before JAX is loaded
-    CONFIG = configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS)
+if __name__ == "__main__":
+    cli.run("train", TrainConfig, TRAIN_PRESETS)
 
 import dataclasses
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import dry_run
 import pretrained
-from config import TrainConfig, require
+from checkpoints import Checkpoints
+from errors import require
 from mesh import (
     PEAK_FLOPS,
     connect,
@@ -41,9 +42,8 @@ from mesh import (
     use_cpu_cores,
     whole_sequences,
 )
-from model import choose_attention
+from ops import choose_attention
 from utils import (
-    Checkpoints,
     TrainState,
     learning_rate_schedule,
     require_same_model,
@@ -346,9 +346,7 @@ def start(
     )
     params = None
     if config.init_from not in ("scratch", "resume"):
-        model, params = pretrained.read(
-            config.init_from, **configs.changed(config.model)
-        )  # on the host
+        model, params = pretrained.read(config.init_from, **changed(config.model))  # on the host
         require(
             model.vocab_size == meta["vocab_size"],
             f"{config.init_from} has vocab_size={model.vocab_size}, the data "
@@ -373,7 +371,7 @@ def start(
     if latest is None:
         state = TrainState.create(config, params, mesh)
     else:
-        state = checkpoints.restore(TrainState.shapes(config, mesh))
+        state = checkpoints.restore(TrainState.abstract(config, mesh))
     if jax.process_index() == 0:
         write_atomically(
             config.out_dir / "config.json",
@@ -387,7 +385,7 @@ def start(
     return config, state, checkpoints
 
 
-def train(config: TrainConfig) -> int:
+def main(config: TrainConfig) -> int:
     """Run to config.max_iters, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
     if config.dry_run:
         print(*dry_run.report(config, train_step), sep="\n")
@@ -475,8 +473,3 @@ def train(config: TrainConfig) -> int:
             f"stopped by {signal.Signals(received).name}, saved at step {step}; --init_from=resume goes on"
         )
     return 128 + received if received else 0
-
-
-if __name__ == "__main__":
-    with configs.user_errors():
-        sys.exit(train(CONFIG))

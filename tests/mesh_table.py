@@ -103,7 +103,7 @@ def compiled_step(layout: str, config: TrainConfig) -> jax.stages.Compiled:
     mesh = mesh_of(layout)
     (batch,) = batches(config, 1)
     batch = put_batch(mesh, batch.shape, lambda rows: batch[:, rows])
-    return train_step.lower(TrainState.shapes(config, mesh), batch, config).compile()
+    return train_step.lower(TrainState.abstract(config, mesh), batch, config).compile()
 
 
 def train_on(
@@ -201,7 +201,7 @@ def axes() -> None:
         Layout.stages = pipelined if "without" not in layout else lambda self, rows: (1, 1)
         jax.clear_caches()
         mesh = mesh_of(layout.split()[0])
-        state = TrainState.shapes(config, mesh)
+        state = TrainState.abstract(config, mesh)
         batch = jax.ShapeDtypeStruct(
             (1, config.batch_size, config.model.block_size + 1),
             np.int32,

@@ -26,11 +26,13 @@ from mesh_table import (
 )
 
 import utils
+from checkpoints import Checkpoints
 from dry_run import activation_bytes, collective_ops, matmul_flops, shard_bytes
 from mesh import make_mesh, partition_spec, pipeline, put_batch, training_mesh
-from model import GPT, dropout
+from model import GPT
+from ops import dropout
 from train import eval_step
-from utils import Checkpoints, TrainState
+from utils import TrainState
 
 CASES = {
     "data:8": EVERYTHING,
@@ -75,7 +77,7 @@ def test_state_is_divided(layout, n):
 def test_state_is_born_divided():
     """Catches an initialisation that makes all of the parameters on each device and then throws most of them away."""
     config = dataclasses.replace(configure(n_embd=256), batch_size=8)
-    shapes = TrainState.shapes(config, mesh_of("fsdp:8"))
+    shapes = TrainState.abstract(config, mesh_of("fsdp:8"))
     whole = sum(math.prod(s.shape) * 4 for s in jax.tree.leaves(shapes))
     memory = utils.initial_state.lower(config, mesh_of("fsdp:8"), None).compile().memory_analysis()
     assert memory.output_size_in_bytes < whole / 7
@@ -138,7 +140,7 @@ def test_a_plan_has_the_bytes_of_the_state(layout):
     """Catches a plan that forgets the optimizer, divides what is replicated, or differs on devices that are not there."""
     there = mesh_of(layout)
     for mesh in (there, there.abstract_mesh):
-        plan = TrainState.shapes(configure(**CASES[layout]), mesh)
+        plan = TrainState.abstract(configure(**CASES[layout]), mesh)
         assert shard_bytes((plan.params, plan.opt_state)) == result(layout).state_bytes
 
 
@@ -240,7 +242,7 @@ def test_a_run_moves_to_another_mesh(before, after, tmp_path):
     checkpoints.close()
     again = Checkpoints(tmp_path)
     for layout, rtol in ((before, 0), (after, 1e-5)):
-        restored = again.restore(TrainState.shapes(config, mesh_of(layout)))
+        restored = again.restore(TrainState.abstract(config, mesh_of(layout)))
         np.testing.assert_allclose(
             train_on(layout, config, state=restored).losses, result_of(before).losses[3:], rtol=rtol
         )

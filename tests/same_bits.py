@@ -15,8 +15,9 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import EngineConfig, GPTConfig
-from engine import Engine, SamplingParams
+from engine import Engine
 from model import GPT
+from sequence import SamplingParams
 
 WAYS_TO_SAMPLE = (
     dict(temperature=0),

@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from chat import MARK, ChatTemplate, load_template
 from config import ServeConfig
+from serving.chat import MARK, ChatTemplate, load_template
 from tokenizer import CharTokenizer, HFTokenizer
 
 CHATML = (

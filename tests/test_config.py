@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import config
-from config import BENCHES, TRAIN_PRESETS, GPTConfig, TrainConfig, parse
+from bench import BENCHES
+from cli import parse
+from config import TRAIN_PRESETS, GPTConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,10 @@ from same_bits import compare, run
 import engine as engine_module
 import sampling
 from config import EngineConfig, GPTConfig
-from engine import Engine, SamplingParams, Text
+from engine import Engine
 from model import GPT
-from sampling import Slots, Wanted
+from sampling import Slots, StepNeeds
+from sequence import SamplingParams, TextStream
 from tokenizer import Tokenizer
 
 CONFIG = GPTConfig(block_size=64, vocab_size=100, n_layer=2, n_head=2, n_embd=64)
@@ -388,7 +389,7 @@ def test_text_stops_at_the_first_stop_string_and_takes_nothing_back(words, stop)
     """Catches a stop string missed across tokens, text given out that a stop string cuts off, and text withheld for ever."""
     tokenizer = Words()
     tokenizer.words = words
-    text, given_out = Text(tokenizer, tuple(stop)), ""
+    text, given_out = TextStream(tokenizer, tuple(stop)), ""
     for i in range(len(words)):
         given_out += text.push([i], last=i == len(words) - 1)
         so_far = "".join(words[: i + 1])
@@ -456,7 +457,7 @@ def many_draws():
     slots, n = slots_of([SamplingParams(seed=7)]), 20_000
     draw = jax.jit(
         lambda l, at: sampling.sample(
-            l, slots, jnp.zeros(n, jnp.int32), at, Wanted(False, False, False, False)
+            l, slots, jnp.zeros(n, jnp.int32), at, StepNeeds(False, False, False, False)
         )
     )
     tokens = np.asarray(draw(jnp.broadcast_to(logits, (n, 100)), jnp.arange(n, dtype=jnp.int32)))

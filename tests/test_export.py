@@ -7,10 +7,11 @@ import pytest
 
 import export
 import pretrained
+from checkpoints import Checkpoints
 from config import ExportConfig, GPTConfig, TrainConfig
 from model import GPT
 from tokenizer import CharTokenizer
-from utils import Checkpoints, TrainState, load_model
+from utils import TrainState, load_model
 
 
 def test_export_is_the_checkpoint(tmp_path, capsys):

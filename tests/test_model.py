@@ -12,21 +12,15 @@ from flax import nnx
 
 import model as model_module
 from config import GPTConfig
-from model import (
+from generation import KVCache, Sampling, sample, window_start
+from model import GPT, MLP, CausalSelfAttention, LayerNorm
+from ops import (
     ACTIVATIONS,
-    GPT,
-    MLP,
-    CausalSelfAttention,
-    KVCache,
-    LayerNorm,
-    Sampling,
     causal_attention,
     choose_attention,
     dropout,
     einsum,
     flash_attention,
-    sample,
-    window_start,
 )
 
 TINY = GPTConfig(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=32)

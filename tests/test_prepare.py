@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from config import PrepareConfig, parse, user_errors
+from cli import parse, user_errors
+from config import PrepareConfig
 from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
 ROOT = Path(__file__).parent.parent

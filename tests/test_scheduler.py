@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from block_manager import BlockManager
-from scheduler import SamplingParams, Scheduler
+from scheduler import Scheduler
+from sequence import SamplingParams
 
 STOP = 0
 

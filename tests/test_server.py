@@ -25,13 +25,15 @@ import requests
 import soak
 from flax import nnx
 
-import bench
-import config as configs
-from config import BenchServeConfig, EngineConfig, GPTConfig, ServeConfig
+import cli
+from benchmarks import serving as bench
+from benchmarks.serving import BenchServeConfig
+from config import EngineConfig, GPTConfig, ServeConfig
 from engine import Engine
 from model import GPT
-from scheduler import SamplingParams
-from server import Front, Gate, Server, create_app
+from sequence import SamplingParams
+from server import Front, Server, create_app
+from serving.gate import Gate
 from tokenizer import CharTokenizer
 
 DEADLINE = 120  # seconds; generous, because CI machines are slow
@@ -946,12 +948,12 @@ def test_systemd_unit():
     unit.read(ROOT / "deploy" / "jax-nanogpt-vllm.service")
     service = unit["Service"]
     _, program, *flags = shlex.split(service["ExecStart"])
-    config = configs.parse(ServeConfig, argv=flags)
+    config = cli.parse(ServeConfig, argv=flags)
     assert (
         program == "server.py" and int(service["TimeoutStopSec"]) >= config.drain_timeout + 5 + 10
     )
     assert service["KillSignal"] == "SIGTERM" and service["Restart"] == "on-failure"
-    assert service["RestartPreventExitStatus"] == "2", "of a mistake in the flags, see config.fail"
+    assert service["RestartPreventExitStatus"] == "2", "of a mistake in the flags, see cli.fail"
 
 
 def test_drain_has_an_end(model):

@@ -19,11 +19,12 @@ import optax
 import pytest
 
 import train
+from checkpoints import Checkpoints
 from config import GPTConfig, TrainConfig
 from mesh import path_name
 from tokenizer import CharTokenizer
 from train import EVAL_SEED, TokenFile, estimate_loss, full_loss, get_batch, train_step
-from utils import Checkpoints, TrainState, create_optimizer, learning_rate_schedule, load_model
+from utils import TrainState, create_optimizer, learning_rate_schedule, load_model
 
 ROOT = Path(__file__).parents[1]
 CHARS = "".join(map(chr, range(97, 97 + 23)))

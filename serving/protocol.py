@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from config import require
-from scheduler import MAX_LOGPROBS, SamplingParams
+from errors import require
+from sequence import MAX_LOGPROBS, SamplingParams
 
 TokenId = Annotated[int, Field(ge=0)]
 StopString = Annotated[str, Field(min_length=1, max_length=128)]

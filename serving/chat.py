@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 import pretrained
-from config import ServeConfig, require
+from config import ServeConfig
+from errors import require
 from tokenizer import Tokenizer
 
 MARK = "\ufdd0"  # a noncharacter, put before what looks like a special token in a message, and taken out again

@@ -11,11 +11,11 @@ from typing import ClassVar
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-import protocol
-from engine import Logprobs, Output
-from protocol import APIError, GenerationRequest, Usage
+from sequence import Logprobs, Output
+from serving import protocol
+from serving.protocol import APIError, GenerationRequest, Usage
+from serving.worker import Job, Worker
 from tokenizer import StreamDecoder, Tokenizer
-from worker import Job, Worker
 
 
 class Sample:

@@ -1,0 +1,1 @@
+"""What measures this project against its peers: see bench.py for the commands."""
