@@ -198,11 +198,11 @@ def test_tries_hold_every_sequence(sequences, data):
     seen = []
     for start in range(0, len(rows), B):
         batch = rows[start : start + B]
-        tokens, depth, end, at, targets = arrays(batch, B)
+        tokens, depth, end, at, expected = arrays(batch, B)
         visible = np.asarray(Trie.create(jnp.array(depth), jnp.array(end), "float32").visible)
         assert visible.any(-1).all()
         owners = [i for row in batch for i, _, _ in row.scored]
-        for i, where, target in zip(owners, at, targets):
+        for i, where, target in zip(owners, at, expected):
             b, t = divmod(where, T)
             path = np.flatnonzero(visible[b, t])
             assert depth[b][path].tolist() == list(range(len(path)))
