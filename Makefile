@@ -1,41 +1,71 @@
-# make demo: from nothing but Python >= 3.11 to a trained model and its text; make serve puts it on a port. make test: the whole suite.
+# make demo: from nothing but Python >= 3.11 to a trained model and its text; make serve puts it on a port.
+# make test: the whole suite; make test-fast: under a minute of it; make lint: formatter, linter, types.
 # make bench: README's figures of speed.
 PYTHON ?= python3
 DEMO = out-pystdlib-char
 
-demo: .venv/installed
+demo: .venv/demo
 	test -f data/pystdlib_char/meta.json || .venv/bin/python prepare.py pystdlib_char
 	.venv/bin/python train.py pystdlib_char --init_from=resume
 	.venv/bin/python sample.py --out_dir=$(DEMO) --start="def " --num_samples=1 --max_new_tokens=600
+	@echo
+	@echo "That text is from $(DEMO), a model of 0.8M parameters. What next:"
+	@echo "  make serve                    the model behind an API and a page, http://127.0.0.1:8000/"
+	@echo "  source .venv/bin/activate     then python sample.py --out_dir=$(DEMO) --start='class '"
+	@echo "  python train.py --help        the other presets, and every knob with its reason"
 
 # The demo's model on http://127.0.0.1:8000, with a page to try it on.
-serve: .venv/installed
+serve: .venv/demo
 	.venv/bin/python server.py --out_dir=$(DEMO) --kv_blocks=512
 
-test: .venv/installed
+test: .venv/all
 	.venv/bin/python -m pytest -q
 
+test-fast: .venv/all
+	.venv/bin/python -m pytest -q -m "not slow"
+
+lint: .venv/all
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+# Rewrites the files as `make lint` wants them.
+format: .venv/all
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
 # NANOGPT: a checkout of nanoGPT, to be timed in turns with ours.
-bench: .venv/installed
+bench: .venv/all
 	.venv/bin/python bench.py train --preset=shakespeare_char_cpu $(NANOGPT:%=--nanogpt=%)
 	.venv/bin/python bench.py compile --preset=gpt2
 	.venv/bin/python bench.py generate --peers dense transformers products --batch_sizes 32 --rounds 2
 	.venv/bin/python bench.py generate --peers dense transformers products --batch_sizes 32 --rounds 2 --dtype bfloat16
 
-# The environment is complete or is made again: the stamp is written last.
-.venv/installed: requirements.txt
+# An environment is complete or is made again: its stamp is written last.
+.venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -r requirements.txt
 	touch $@
+
+# What training and serving need, 0.9 GB.
+.venv/demo: .venv/python requirements/core.txt requirements/training.txt requirements/serving.txt
+	@echo "Installing into .venv what training and serving need, about SIZE; this takes a minute or more."
+	.venv/bin/pip install --progress-bar on -q -r requirements/training.txt -r requirements/serving.txt
+	touch $@
+
+# Everything, with PyTorch and lm-eval.
+.venv/all: .venv/python requirements.txt $(wildcard requirements/*.txt)
+	@echo "Installing into .venv everything, with PyTorch and the tools of tests, about SIZE; this takes some minutes."
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@ .venv/demo
 
 # What makes sense on an accelerator, kernels compiled. PY: a Python with a JAX that sees it.
 PY ?= .venv/bin/python
 test-gpu:
-	$(PY) -m pytest -q tests/test_model.py tests/test_train.py tests/test_paged_attention.py tests/test_engine.py -k "not mosaic_tpu"
+	$(PY) -m pytest -q tests/test_model.py tests/test_sampling.py tests/test_train.py tests/test_paged_attention.py tests/test_engine.py -k "not mosaic_tpu"
 	$(PY) tests/same_bits.py
 
 clean:
 	rm -rf .venv out-* data/*/
 
-.PHONY: demo serve test bench test-gpu clean
+.PHONY: demo serve test test-fast lint format bench test-gpu clean
