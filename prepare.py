@@ -1,11 +1,18 @@
-"""Text to token files: python prepare.py NAME [--input FILE ...]. data/README.md explains names and files.
+"""Text to token files: python prepare.py NAME [--input FILE ...]
 
-Text is read, encoded and written piece by piece, so memory stays small however long the text is.
+Start with `main`. The sections follow the text: where it comes from, how it becomes tokens, how
+they get onto the disk. Text is read, encoded and written piece by piece, so memory stays small
+however long the text is. data/README.md explains the names and the files.
 """
+
+import cli
+from config import PrepareConfig
+
+if __name__ == "__main__":
+    cli.run("prepare", PrepareConfig)
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -14,47 +21,62 @@ import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-import cli
-from config import PrepareConfig
-from errors import require
+from errors import UserError, require
+from pretrained import one_hub_warning
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    import datasets
+    import requests
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face Hub
 OUTPUTS = {"train.bin", "val.bin", "meta.json"}
-CHUNK = 1 << 20  # characters
+CHUNK = 1 << 20  # characters that are read at a time
+UINT16_IDS = 1 << 16  # as many ids as uint16 can tell apart
+
+
+class TokenizedText(NamedTuple):
+    """A text on its way to the disk."""
+
+    source: str
+    """Where the text comes from, as meta.json says it."""
+    tokenizer: Tokenizer
+    splits: dict[str, Iterator[Any]]
+    """train and val: their ids in pieces, each an array or a list."""
 
 
 def main(config: PrepareConfig) -> None:
     """Write a data set to config.data_path: all of it, in place of an earlier one, or nothing.
 
-    Raises ValueError where the text cannot be had or will not do."""
-    out = config.data_path.resolve()  # where out_dir is a link, it stays one
+    Raises UserError if the text cannot be had or will not do."""
+    out = config.data_path.resolve()  # a link to a directory stays a link
     require_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch_name:
+        scratch = Path(scratch_name)
         new = scratch / "new"
         new.mkdir()
         if config.name == "openwebtext":
-            source, tokenizer = "Skylion007/openwebtext on the Hugging Face Hub", GPT2Tokenizer()
-            splits = openwebtext(tokenizer, config.num_proc or max(1, os.cpu_count() // 2))
+            text = openwebtext(config.num_proc)
         else:
             source, files = text_files(config, scratch)
-            tokenizer, splits = encode_files(files, config.tokenizer_name)
-        meta = (
-            tokenizer.meta() | write_splits(splits, new, tokenizer.vocab_size) | {"source": source}
-        )
+            text = encode_files(source, files, config.tokenizer_name)
+        meta = text.tokenizer.meta()
+        meta |= write_splits(text.splits, new, text.tokenizer.vocab_size)
+        meta["source"] = text.source
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         replace(out, new, scratch / "old")
     print(
-        f"{config.data_path}: vocabulary of {tokenizer.vocab_size:,} ({tokenizer.name}), "
+        f"{config.data_path}: vocabulary of {meta['vocab_size']:,} ({text.tokenizer.name}), "
         f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate"
     )
 
@@ -63,58 +85,62 @@ def main(config: PrepareConfig) -> None:
 
 
 def text_files(config: PrepareConfig, scratch: Path) -> tuple[str, list[Path]]:
-    """What a data set is made of: a line for meta.json, and UTF-8 files, the user's own or in scratch."""
+    """Return a line for meta.json and the UTF-8 files that a data set is made of.
+
+    The files are the user's own or lie in scratch."""
     if config.input:
         for file in config.input:
-            require(file.exists(), f"there is no file {file}")
-            require(file.is_file(), f"{file} is not a regular file")
+            require(file.exists(), f"there is no file {file}", param="input")
+            require(file.is_file(), f"{file} is not a regular file", param="input")
         return ", ".join(map(str, config.input)), list(config.input)
     file = scratch / "input.txt"
     if config.name == "pystdlib_char":
-        return write_stdlib(file), [file]
-    download(SHAKESPEARE_URL, file, SHAKESPEARE_SHA256)
-    return SHAKESPEARE_URL, [file]
+        source = write_stdlib(file)
+    else:
+        source = SHAKESPEARE_URL
+        download(source, file, SHAKESPEARE_SHA256)
+    return source, [file]
 
 
 def write_stdlib(file: Path) -> str:
-    """Write the standard library's top-level modules, about 4.5 MB, end to end; return a line for meta.json.
+    """Write the standard library's top-level modules end to end; return a line for meta.json.
 
-    The few characters beyond ASCII are escaped, so the vocabulary is the printable ones and the newline."""
+    They are about 4.5 MB. The few characters beyond ASCII are escaped, so that the vocabulary is
+    the printable ones and the newline."""
     library = Path(sysconfig.get_path("stdlib"))
     names = [name for name in sys.stdlib_module_names if (library / f"{name}.py").is_file()]
-    require(names, f"{library} has no source of the standard library: use text --input FILE ...")
-    # In the order of their hashes: the same everywhere, and the last tenth is no stretch of the alphabet.
+    require(
+        bool(names), f"{library} has no source of the standard library: use text --input FILE ..."
+    )
+    # In the order of their hashes: it is the same everywhere, and the last tenth, which validates,
+    # is no stretch of the alphabet.
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     with open(file, "wb") as f:
         for name in names:
-            f.write(
-                (library / f"{name}.py")
-                .read_text(encoding="utf-8")
-                .encode("ascii", "backslashreplace")
-            )
-    return f"the {len(names)} top-level modules in the standard library of Python {platform.python_version()}"
+            source = (library / f"{name}.py").read_text(encoding="utf-8")
+            f.write(source.encode("ascii", "backslashreplace"))
+    return (
+        f"the {len(names)} top-level modules in the standard library of "
+        f"Python {platform.python_version()}"
+    )
 
 
 def download(url: str, file: Path, sha256: str) -> None:
-    """Fetch url into file. Raises ValueError if that fails or brings anything else, such as half of it."""
+    """Fetch url into file.
+
+    Raises UserError if that fails or brings anything else, such as half of it."""
     import requests  # here, because only the names that download need it
 
+    seconds_of_silence = 30
     try:
-        with (
-            requests.get(url, stream=True, timeout=30) as response,
-            open(file, "wb") as f,
-        ):  # s, of silence
+        with requests.get(url, stream=True, timeout=seconds_of_silence) as response:
             response.raise_for_status()
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(
-                desc="download", total=size, unit="B", unit_scale=True, disable=None
-            ) as progress:
-                for data in response.iter_content(1 << 16):
-                    f.write(data)
-                    progress.update(len(data))
+            save_body(response, file)
     except requests.RequestException as e:
-        reason = type(e).__name__ if e.response is None else f"HTTP status {e.response.status_code}"
-        raise ValueError(
+        reason = type(e).__name__
+        if e.response is not None:
+            reason = f"HTTP status {e.response.status_code}"
+        raise UserError(
             f"cannot download {url} ({reason}): pass your own copy with --input FILE"
         ) from e
     require(
@@ -123,16 +149,31 @@ def download(url: str, file: Path, sha256: str) -> None:
     )
 
 
-def openwebtext(tokenizer: Tokenizer, num_proc: int) -> dict[str, Iterator[np.ndarray]]:
-    """The ids of OpenWebText's splits, which are nanoGPT's; the end-of-text token ends each page.
+def save_body(response: "requests.Response", file: Path) -> None:
+    """Write the body of a response to file, with a progress bar."""
+    size = int(response.headers.get("Content-Length", 0)) or None
+    progress = tqdm(desc="download", total=size, unit="B", unit_scale=True, disable=None)
+    with progress, open(file, "wb") as f:
+        for data in response.iter_content(1 << 16):  # bytes at a time
+            f.write(data)
+            progress.update(len(data))
 
-    The Hugging Face cache takes tens of GB (HF_HOME says where)."""
+
+def openwebtext(num_proc: int | None) -> TokenizedText:
+    """Return OpenWebText in GPT-2's tokens, with nanoGPT's splits; <|endoftext|> ends each page.
+
+    The Hugging Face cache takes tens of GB (HF_HOME says where). num_proc is the number of
+    processes, by default half the cores. Raises UserError if the pages cannot be had."""
     import datasets  # here, because its import takes seconds
 
+    tokenizer = GPT2Tokenizer()
+    if num_proc is None:
+        num_proc = max(1, (os.cpu_count() or 1) // 2)
     try:
-        pages = datasets.load_dataset("Skylion007/openwebtext", split="train", num_proc=num_proc)
+        with one_hub_warning():
+            pages = datasets.load_dataset(OPENWEBTEXT, split="train", num_proc=num_proc)
     except OSError as e:  # no network included
-        raise ValueError(
+        raise UserError(
             f"cannot load OpenWebText ({e}): pass your own copy with "
             "text --input FILE ... --out_dir=data/openwebtext"
         ) from e
@@ -144,55 +185,76 @@ def openwebtext(tokenizer: Tokenizer, num_proc: int) -> dict[str, Iterator[np.nd
         num_proc=num_proc,
         desc="encode",
     )
-    return {"train": shards(splits["train"]), "val": shards(splits["test"])}
+    source = f"{OPENWEBTEXT} on the Hugging Face Hub"
+    ids = {"train": ids_of_pages(splits["train"]), "val": ids_of_pages(splits["test"])}
+    return TokenizedText(source, tokenizer, ids)
 
 
 def encode_page(page: dict[str, str], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    return {"ids": np.array([*tokenizer.encode(page["text"]), tokenizer.eos_id], np.uint16)}
+    """Return the ids of one page of OpenWebText, the end of text included."""
+    ids = [*tokenizer.encode(page["text"]), tokenizer.eos_id]
+    return {"ids": np.array(ids, np.uint16)}
 
 
-def shards(pages: "datasets.Dataset") -> Iterator[np.ndarray]:
-    """The ids of all pages in order, some thousand pages at a time."""
-    n = min(1024, len(pages))
-    for i in tqdm(range(n), desc="write", disable=None):
-        yield np.concatenate(pages.shard(n, i, contiguous=True).with_format("numpy")[:]["ids"])
+def ids_of_pages(pages: "datasets.Dataset") -> Iterator[np.ndarray]:
+    """Yield the ids of all pages in order, some thousand pages at a time."""
+    parts = min(1024, len(pages))
+    for i in tqdm(range(parts), desc="write", disable=None):
+        part = pages.shard(parts, i, contiguous=True).with_format("numpy")
+        yield np.concatenate(part[:]["ids"])
 
 
 # From text to tokens
 
 
-def encode_files(files: list[Path], tokenizer_name: str) -> tuple[Tokenizer, dict[str, Iterator]]:
-    """The tokenizer for files, and the ids of their splits: the first 90% of the characters, and the rest.
+def encode_files(source: str, files: list[Path], tokenizer_name: str) -> TokenizedText:
+    """Return the text of files in tokens: the first 90% of the characters train, as in nanoGPT.
 
-    Files are laid end to end, with the end-of-text token, where the tokenizer has one, between them."""
-    lengths, chars = [], set()
+    Files are laid end to end, with the end-of-text token between them if the tokenizer has one."""
+    lengths, vocabulary = scan(files)
+    tokenizer: Tokenizer
+    if tokenizer_name == "char":
+        tokenizer = CharTokenizer("".join(sorted(vocabulary)))
+    else:
+        tokenizer = GPT2Tokenizer()
+    total = sum(lengths)
+    cut = int(0.9 * total)
+    files_and_lengths = list(zip(files, lengths, strict=True))
+    splits = {
+        "train": encode(tokenizer, files_and_lengths, 0, cut),
+        "val": encode(tokenizer, files_and_lengths, cut, total),
+    }
+    return TokenizedText(source, tokenizer, splits)
+
+
+def scan(files: list[Path]) -> tuple[list[int], set[str]]:
+    """Return the length of each file in characters, and all characters that occur in them.
+
+    Raises UserError if a file is empty or not UTF-8."""
+    lengths = []
+    vocabulary: set[str] = set()
     for file in files:
-        lengths.append(0)
+        length = 0
         try:
             for text in characters(file):
-                lengths[-1] += len(text)
-                chars.update(text)
+                length += len(text)
+                vocabulary.update(text)
         except UnicodeDecodeError as e:
-            raise ValueError(
+            raise UserError(
                 f"{file} is not UTF-8 (byte 0x{e.object[e.start]:02x}: {e.reason}): "
                 "convert it first, with iconv for instance"
             ) from e
-        require(lengths[-1] > 0, f"{file} is empty")
-    tokenizer = (
-        CharTokenizer("".join(sorted(chars))) if tokenizer_name == "char" else GPT2Tokenizer()
-    )
-    total = sum(lengths)
-    cut = int(0.9 * total)  # as nanoGPT has it
-    return tokenizer, {
-        split: encode(tokenizer, list(zip(files, lengths)), first, last)
-        for split, first, last in (("train", 0, cut), ("val", cut, total))
-    }
+        require(length > 0, f"{file} is empty")
+        lengths.append(length)
+    return lengths, vocabulary
 
 
 def encode(
     tokenizer: Tokenizer, files: list[tuple[Path, int]], first: int, last: int
 ) -> Iterator[list[int]]:
-    """The ids of characters first ... last - 1 of files (path, length), which are laid end to end."""
+    """Yield the ids of characters first ... last - 1 of files, which are laid end to end.
+
+    files holds each file with its length in characters."""
     start = 0  # of the file, among all characters
     with tqdm(
         desc="encode", total=last - first, unit="char", unit_scale=True, disable=None
@@ -206,28 +268,35 @@ def encode(
             start += length
 
 
-def characters(file: Path, first: int = 0, last: float = math.inf) -> Iterator[str]:
-    """Characters first ... last - 1 of a UTF-8 file, in chunks. Line ends become \\n, a BOM is dropped."""
-    position = 0
+def characters(file: Path, first: int = 0, last: int = sys.maxsize) -> Iterator[str]:
+    """Yield characters first ... last - 1 of a UTF-8 file, in chunks.
+
+    Line ends become \\n, a byte-order mark is dropped."""
+    position = 0  # of the next character to be read
     with open(file, encoding="utf-8-sig") as f:
-        while position < last and (text := f.read(min(CHUNK, last - position))):
+        while position < last:
+            text = f.read(min(CHUNK, last - position))
+            if not text:
+                return
             if position + len(text) > first:
                 yield text[max(0, first - position) :]
             position += len(text)
 
 
-LAST_WORD = re.compile(r"(?s:.*)(?=[ \n]\S)")
+UP_TO_LAST_WORD = re.compile(r"(?s:.*)(?=[ \n]\S)")
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """The same text cut where GPT-2's BPE never joins, so that the pieces encode to what the whole would.
+    """Yield the same text cut where GPT-2's BPE never joins.
 
-    BPE works within the matches of a pattern (openai/gpt-2, encoder.py) that breaks any text before the last
-    whitespace character in front of a word. Text without such a place is one piece, however long."""
+    The pieces encode to what the whole text would. BPE works within the matches of a pattern
+    (openai/gpt-2, encoder.py) that breaks any text before the last whitespace character in front of
+    a word. Text without such a place is one piece, however long."""
     rest = ""
     for chunk in chunks:
         rest += chunk
-        if match := LAST_WORD.match(rest):
+        match = UP_TO_LAST_WORD.match(rest)
+        if match:
             yield match[0]
             rest = rest[match.end() :]
     if rest:
@@ -237,42 +306,62 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
 # Onto the disk
 
 
-def write_splits(splits: dict[str, Iterator], directory: Path, vocab_size: int) -> dict:
-    """Write each split's ids to directory/SPLIT.bin. Returns what meta.json says about these files."""
-    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    meta = {"vocab_size": vocab_size, "dtype": dtype.name}
+def write_splits(
+    splits: dict[str, Iterator[Any]], directory: Path, vocab_size: int
+) -> dict[str, Any]:
+    """Write each split's ids to directory/SPLIT.bin; return what meta.json says about the files.
+
+    Raises UserError if a split is too short to train or to validate on."""
+    dtype = np.dtype(np.uint16 if vocab_size <= UINT16_IDS else np.uint32)
+    meta: dict[str, Any] = {"vocab_size": vocab_size, "dtype": dtype.name}
     for split, arrays in splits.items():
-        tokens, digest = 0, hashlib.sha256()
-        with open(directory / f"{split}.bin", "wb") as f:
-            for ids in arrays:
-                data = np.asarray(ids, dtype).tobytes()
-                f.write(data)
-                digest.update(data)
-                tokens += len(ids)
+        tokens, sha256 = write_ids(arrays, directory / f"{split}.bin", dtype)
         require(
             tokens >= 2,
             f"the text is too short: the {split} split gets {tokens} of its tokens, "
             "and needs 2, to predict one from the other; use more text",
         )
-        meta |= {f"{split}_tokens": tokens, f"{split}_sha256": digest.hexdigest()}
+        meta[f"{split}_tokens"] = tokens
+        meta[f"{split}_sha256"] = sha256
     return meta
 
 
+def write_ids(arrays: Iterator[Any], file: Path, dtype: np.dtype) -> tuple[int, str]:
+    """Write ids one after the other; return how many there were, and the file's SHA-256."""
+    tokens = 0
+    digest = hashlib.sha256()
+    with open(file, "wb") as f:
+        for ids in arrays:
+            data = np.asarray(ids, dtype).tobytes()
+            f.write(data)
+            digest.update(data)
+            tokens += len(ids)
+    return tokens, digest.hexdigest()
+
+
 def require_replaceable(out: Path) -> None:
-    """Raise ValueError if out has anything in it that replacing a data set would lose."""
-    require(out.is_dir() or not out.exists(), f"{out} is a file: choose another --out_dir")
-    others = {path.name for path in out.iterdir()} - OUTPUTS if out.exists() else ()
+    """Raise UserError if out holds anything that replacing a data set would lose."""
+    require(
+        out.is_dir() or not out.exists(),
+        f"{out} is a file: choose another --out_dir",
+        param="out_dir",
+    )
+    if not out.exists():
+        return
+    others = {path.name for path in out.iterdir()} - OUTPUTS
     require(
         not others,
         f"{out} holds {', '.join(sorted(others)[:3])}, which a new data set would replace: "
         "choose another --out_dir",
+        param="out_dir",
     )
 
 
 def replace(out: Path, new: Path, old: Path) -> None:
     """Put the directory new in out's place, and what was there in old's.
 
-    POSIX cannot swap directories in one step: killed in between, out is missing and its content is in old."""
+    POSIX cannot swap directories in one step: if the process is killed in between, out is missing
+    and its content is in old."""
     try:
         if out.exists():
             out.rename(old)
@@ -281,7 +370,3 @@ def replace(out: Path, new: Path, old: Path) -> None:
         if old.exists() and not out.exists():
             old.rename(out)
         raise
-
-
-if __name__ == "__main__":
-    cli.run("prepare", PrepareConfig)

@@ -1,182 +1,253 @@
-"""GPT-2 weights from and to Hugging Face's form, as numpy arrays. No JAX in here.
+"""GPT-2 weights in from Hugging Face's form and out to it, as numpy arrays. No JAX in here.
 
-Apart from model.py because most of it is about the Hub, file formats and what can be wrong with a file; the
-model sees finished arrays. A checkpoint is data from strangers: names, shapes, dtypes and sizes are checked
-before anything is allocated, nothing in it is executed, and what is wrong raises ValueError with a sentence.
+Start with `read`: it finds the directory (`fetch`), understands its config.json (`read_config`),
+opens its tensors without loading them (`open_checkpoint`) and loads one parameter at a time
+(`read_parameter`). `write` is the way back. How the single files are opened is in hf_files.py.
+
+This is apart from model.py because most of it is about the Hub, foreign names and what can be wrong
+with a file; the model sees finished arrays. A checkpoint is data from strangers: names, shapes,
+dtypes and sizes are checked before anything is allocated, nothing in it is executed, and what is
+wrong raises UserError with one sentence.
+
+A *path* is our dotted name of a parameter, the layers stacked: h.attn.c_attn.kernel. A *name* is
+Hugging Face's name of a tensor, of one layer: h.0.attn.c_attn.weight. C is the embedding width.
 """
 
+import contextlib
 import dataclasses
-import json
+import logging
 import math
-import operator
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for by name
 import numpy as np
 from tqdm import tqdm
 
-import tokenizer
 from config import GPTConfig
-from errors import require
+from errors import UserError, require
+from hf_files import (
+    StoredTensor,
+    WeightFiles,
+    find_weights,
+    first_line,
+    load_json,
+    quote_some,
+    save_json,
+)
+from tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
-# May differ from the checkpoint; block_size may only shrink, bias=False needs biases of zero.
+# The fields of GPTConfig that may differ from the checkpoint's. block_size may only shrink;
+# bias=False needs biases of zero.
 OVERRIDES = ("dropout", "block_size", "bias", "vocab_multiple", "dtype", "remat", "scan_unroll")
-SIZES = {
+# Our sizes and the fields of config.json that hold them.
+HF_SIZES = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
-# What GPTConfig cannot express, with the one value that it means.
-FIXED = {
+# Fields of config.json that GPTConfig cannot express, with the one value that is implemented,
+# which is also transformers' default.
+HF_FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-BUFFER = re.compile(
-    r"h\.\d+\.attn\.(bias|masked_bias)"
-)  # causal masks, which old transformers saved
+# Causal masks, which old versions of transformers saved with the weights.
+HF_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+DTYPES = ("F32", "F16", "BF16")
 
 
-class Stored(NamedTuple):
-    """A tensor in a checkpoint."""
-
-    name: str  # for messages, with the file
-    shape: tuple[int, ...]
-    dtype: str
-    load: Callable[[], np.ndarray]
-
-    def read(self) -> np.ndarray:
-        try:
-            values = self.load()
-        except (
-            Exception
-        ) as e:  # a file that shrank since it was opened, or one of torch's stranger tensors
-            raise ValueError(f"cannot read {self.name}: {first_line(e)}") from e
-        require(
-            np.isfinite(values).all(), f"{self.name} holds NaN or infinity; the file is damaged"
-        )
-        return values
+# Reading a model
 
 
 def read(
-    name_or_dir: str | Path, *, put: Callable = np.asarray, **overrides
-) -> tuple[GPTConfig, dict]:
-    """(config, params as GPT.params() has them: nested dict of float32, layers stacked, wte padded with
-    zeros).
+    name_or_dir: str | Path, *, put: Callable[[np.ndarray], Any] = np.asarray, **overrides: Any
+) -> tuple[GPTConfig, dict[str, Any]]:
+    """Return the config and the parameters of a GPT-2 in Hugging Face's form.
 
-    name_or_dir: gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face Hub or its cache, or a
-    directory with a GPT-2 in Hugging Face's form (./gpt2 is a directory). overrides: fields of GPTConfig, see
-    OVERRIDES; as in nanoGPT, dropout is 0 unless overridden. A checkpoint always has biases; bias=False
-    leaves them out if all are zero, as `write` makes them. put takes each finished array, so that no second
-    copy of the weights need exist. Raises ValueError."""
+    name_or_dir is gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face Hub or its cache,
+    or a directory (./gpt2 is a directory). overrides are fields of GPTConfig, see OVERRIDES; as in
+    nanoGPT, dropout is 0 unless overridden. A checkpoint always has biases; bias=False leaves them
+    out if all are zero, as `write` makes them.
+
+    The parameters are as GPT.params() has them: a nested dict of float32 arrays, layers stacked,
+    wte padded with zeros. put takes each finished array, so that no second copy of the weights need
+    exist. Raises UserError."""
     directory = fetch(name_or_dir, "config.json", "model.safetensors")
+    weights = find_weights(directory)
     stored = read_config(directory / "config.json")
-    config = overridden(stored, overrides)
-    tensors = open_checkpoint(directory, stored)
-    if "lm_head.weight" in tensors:
-        tied = np.array_equal(tensors.pop("lm_head.weight").read(), tensors["wte.weight"].read())
-        require(
-            tied, f"{directory}: lm_head.weight is not wte.weight; only a tied head is implemented"
-        )
+    config = apply_overrides(stored, overrides)
+    tensors = open_checkpoint(directory, weights, stored)
+    drop_tied_head(directory, tensors)
     params = {}
-    # The largest first, while there is room: each array exists twice for the moment in which put copies it.
-    names = {path: hf_names(path, stored.n_layer) for path in shapes(stored)}
-    largest_first = sorted(
-        shapes(stored).items(), key=lambda item: -len(names[item[0]]) * math.prod(item[1])
-    )
-    for path, shape in tqdm(largest_first, desc=f"reading {name_or_dir}", disable=None):
-        rows = {"wte.embedding": config.padded_vocab_size, "wpe.embedding": config.block_size}
-        array = stacked(tensors, names[path], (rows.get(path, shape[0]), *shape[1:]))
+    for path in tqdm(largest_first(stored), desc=f"reading {name_or_dir}", disable=None):
+        array = read_parameter(tensors, path, stored, config)
         if path.endswith(".bias") and not config.bias:
             require(not array.any(), f"bias=False, but the biases in {directory} are not zero")
         else:
-            params[path] = put(array if path.startswith("h.") else array[0])
-        del array
+            params[path] = put(array)
+        del array  # before the next one is read
     return config, nested(params)
 
 
-def stacked(tensors: dict[str, Stored], names: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    """The tensors of these names, which leave the dict, as one array (len(names), *shape) float32; rows
-    beyond the shape are left out, missing ones are zeros."""
-    out = np.zeros((len(names), *shape), np.float32)
-    for layer, name in zip(out, names):
-        values = tensors.pop(name).read()[: shape[0]]
+def largest_first(config: GPTConfig) -> list[str]:
+    """Return the paths of all parameters, the largest first.
+
+    Each array exists twice while `put` copies it: the largest are read while there is room."""
+    sizes = {
+        path: len(hf_names(path, config.n_layer)) * math.prod(shape)
+        for path, shape in parameter_shapes(config).items()
+    }
+    return sorted(sizes, key=sizes.__getitem__, reverse=True)
+
+
+def read_parameter(
+    tensors: dict[str, StoredTensor], path: str, stored: GPTConfig, config: GPTConfig
+) -> np.ndarray:
+    """Return a parameter, float32, read from its tensors, which leave the dict.
+
+    The embeddings get the rows that config asks for: rows beyond are left out, missing ones are
+    zeros. A parameter under h has the layers stacked in front."""
+    names = hf_names(path, stored.n_layer)
+    rows, *columns = parameter_shapes(stored)[path]
+    if path == "wte.embedding":
+        rows = config.padded_vocab_size
+    elif path == "wpe.embedding":
+        rows = config.block_size
+    stacked = np.zeros((len(names), rows, *columns), np.float32)
+    for layer, name in zip(stacked, names, strict=True):
+        values = tensors.pop(name).read()[:rows]
         layer[: len(values)] = values
-    return out
+    return stacked if path.startswith("h.") else stacked[0]
+
+
+def drop_tied_head(directory: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Take lm_head.weight, if there is one, out of tensors.
+
+    Raises UserError unless it is wte.weight once more."""
+    if "lm_head.weight" not in tensors:
+        return
+    head = tensors.pop("lm_head.weight").read()
+    require(
+        np.array_equal(head, tensors["wte.weight"].read()),
+        f"{directory}: lm_head.weight is not wte.weight; only a tied head is implemented",
+    )
+
+
+def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+    """Return the tokenizer of a model directory or of a Hub model. Raises UserError."""
+    return read_tokenizer(fetch(name_or_dir, "config.json", "vocab.json", "merges.txt"))
+
+
+# The Hub
 
 
 def fetch(name_or_dir: str | Path, *files: str) -> Path:
-    """A local directory as it is; for a name of HUB its directory in the cache, with files downloaded."""
-    if name_or_dir not in HUB:
-        require(
-            Path(name_or_dir).is_dir(),
-            f"there is no directory {name_or_dir}; the models that can be "
-            f"downloaded are {', '.join(HUB)}",
-        )
-        return Path(name_or_dir)
+    """Return a local directory as it is, or the cache's directory of a name of HUB.
+
+    Of the latter, files are downloaded unless the cache has them. Raises UserError."""
+    if name_or_dir in HUB:
+        return download(HUB[str(name_or_dir)], files)
+    require(
+        Path(name_or_dir).is_dir(),
+        f"there is no directory {name_or_dir}; the models that can be downloaded are "
+        f"{', '.join(HUB)}",
+    )
+    return Path(name_or_dir)
+
+
+def download(repository: str, files: Iterable[str]) -> Path:
+    """Return the directory of the cache that holds these files of a repository of the Hub.
+
+    The client shows its own progress."""
     import huggingface_hub as hub  # here, because a local directory does not need it
 
-    for file in files:
-        try:
-            path = hub.hf_hub_download(
-                HUB[name_or_dir], file
-            )  # by way of the cache; shows its own progress
-        except (
-            Exception
-        ) as e:  # whatever the client and the libraries under it raise, there is no model
-            raise ValueError(
-                f"cannot get {file} of {HUB[name_or_dir]} from {hub.constants.ENDPOINT} or the "
-                f"cache: {first_line(e)} ({type(e).__name__}); a directory needs none"
-            ) from e
+    with one_hub_warning():
+        for file in files:
+            try:
+                path = hub.hf_hub_download(repository, file)
+            except Exception as e:  # whatever the client and the libraries under it raise
+                raise UserError(
+                    f"cannot get {file} of {repository} from {hub.constants.ENDPOINT} or the "
+                    f"cache: {first_line(e)} ({type(e).__name__}); a local directory needs neither"
+                ) from e
     return Path(path).parent
 
 
-def load_tokenizer(name_or_dir: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer of a model directory or of a Hub model. Raises ValueError if there is none."""
-    directory = fetch(name_or_dir, "config.json", "vocab.json", "merges.txt")
-    if (directory / "meta.json").is_file():  # of a CharTokenizer, see write_tokenizer
-        return tokenizer.from_meta(load_json(directory / "meta.json"))
-    return tokenizer.HFTokenizer(directory)
+@contextlib.contextmanager
+def one_hub_warning() -> Iterator[None]:
+    """Inside, the Hub's client warns once, in one line.
+
+    By itself it writes two lines for each of its retries, which go on for about half a minute if
+    there is no network."""
+    from huggingface_hub.utils import logging as hub_logging  # attaches the client's own handler
+
+    first_only = FirstWarning()
+    # A program that configured logging, such as the server, gets each record a second time.
+    handlers = [*hub_logging.get_logger().handlers, *logging.getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(first_only)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(first_only)
+
+
+class FirstWarning(logging.Filter):
+    """Lets the first warning of the Hub's client through, as one line, and drops the later ones."""
+
+    def __init__(self) -> None:
+        super().__init__("huggingface_hub")
+        self.warned = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is to be shown."""
+        is_of_client = super().filter(record)
+        if not is_of_client or record.levelno != logging.WARNING:
+            return True
+        if self.warned:
+            return False
+        self.warned = True
+        line = first_line(record.getMessage())
+        record.msg = f"{line} (later warnings, also of retries, are not shown)"
+        record.args = ()
+        return True
+
+
+# config.json
 
 
 def read_config(path: Path) -> GPTConfig:
-    """Hugging Face's config.json as a GPTConfig. What is not implemented is refused by name."""
-    hf = {**FIXED, "model_type": None, **load_json(path)}
-    for key, value in {"model_type": "gpt2", **FIXED}.items():
-        require(hf[key] == value, f"{path}: {key}={hf[key]!r} is not implemented, only {value!r}")
-    sizes = {ours: hf.get(theirs) for ours, theirs in SIZES.items()}
-    for ours, n in sizes.items():
-        require(
-            type(n) is int and n > 0,
-            f"{path}: {SIZES[ours]}={n!r} must be a whole number of at least 1",
-        )
-    inner, wide = hf.get("n_inner"), 4 * sizes["n_embd"]
+    """Return Hugging Face's config.json as a GPTConfig.
+
+    Raises UserError, naming the field, for what is not implemented."""
+    hf = load_json(path)
+    require_fixed_fields(path, hf)
+    sizes = read_sizes(path, hf)
+    inner = hf.get("n_inner")
+    width = 4 * sizes["n_embd"]
     require(
-        inner in (None, wide),
-        f"{path}: n_inner={inner!r} is not implemented, only 4 n_embd = {wide}",
+        inner in (None, width),
+        f"{path}: n_inner={inner!r} is not implemented, only 4 n_embd = {width}",
     )
-    activation, epsilon = (
-        hf.get("activation_function", "gelu_new"),
-        hf.get("layer_norm_epsilon", 1e-5),
-    )
+    activation = hf.get("activation_function", "gelu_new")
     require(
         activation in ACTIVATIONS,
         f"{path}: activation_function={activation!r} is not implemented, only "
         f"{', '.join(ACTIVATIONS)}",
     )
+    epsilon = hf.get("layer_norm_epsilon", 1e-5)
     require(
         type(epsilon) is float and 0 < epsilon < 1,
         f"{path}: layer_norm_epsilon={epsilon!r} is not in (0, 1)",
@@ -184,106 +255,145 @@ def read_config(path: Path) -> GPTConfig:
     return GPTConfig(**sizes, activation=activation, layer_norm_epsilon=epsilon)
 
 
-def overridden(stored: GPTConfig, overrides: dict) -> GPTConfig:
-    """stored with overrides, if that is a model that its weights can make."""
+def require_fixed_fields(path: Path, hf: dict[str, Any]) -> None:
+    """Raise UserError unless this is a GPT-2 of the one kind that is implemented."""
+    fields = {"model_type": None, **HF_FIXED, **hf}
+    for key, implemented in {"model_type": "gpt2", **HF_FIXED}.items():
+        require(
+            fields[key] == implemented,
+            f"{path}: {key}={fields[key]!r} is not implemented, only {implemented!r}",
+        )
+
+
+def read_sizes(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes in config.json by our names."""
+    sizes = {}
+    for ours, theirs in HF_SIZES.items():
+        n = hf.get(theirs)
+        require(
+            type(n) is int and n > 0,  # not isinstance: true is an int to Python
+            f"{path}: {theirs}={n!r} must be a whole number of at least 1",
+        )
+        sizes[ours] = n
+    return sizes
+
+
+def hf_config(config: GPTConfig) -> dict[str, Any]:
+    """Return what config.json says about the model, the special tokens left out."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "torch_dtype": "float32",
+        **{theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()},
+        "n_inner": None,
+        **HF_FIXED,
+        "activation_function": config.activation,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+    }
+
+
+def apply_overrides(stored: GPTConfig, overrides: dict[str, Any]) -> GPTConfig:
+    """Return stored with overrides. Raises UserError if its weights cannot make that model."""
     config = dataclasses.replace(stored, **overrides)
     for name, value in overrides.items():
-        was = getattr(stored, name)
+        stored_value = getattr(stored, name)
         require(
-            name in OVERRIDES or value == was,
-            f"{name}={value}, but the checkpoint has {name}={was}; "
+            name in OVERRIDES or value == stored_value,
+            f"{name}={value}, but the checkpoint has {name}={stored_value}; "
             f"only {', '.join(OVERRIDES)} can be chosen",
+            param=name,
         )
     require(
         config.block_size <= stored.block_size,
-        f"block_size={config.block_size}, but the checkpoint has "
-        f"only {stored.block_size} positions: it can be made shorter, not longer",
+        f"block_size={config.block_size}, but the checkpoint has only {stored.block_size} "
+        "positions: it can be made shorter, not longer",
+        param="block_size",
     )
     return config
 
 
-def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Dotted path of each parameter -> its shape in a checkpoint, of one layer under h."""
+# Names and shapes
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the path of each parameter with its shape in a checkpoint, of one layer under h."""
     C = config.n_embd
-    out = {"wte.embedding": (config.vocab_size, C), "wpe.embedding": (config.block_size, C)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.embedding": (config.vocab_size, C),
+        "wpe.embedding": (config.block_size, C),
+    }
     for norm in ("h.ln_1", "h.ln_2", "ln_f"):
-        out |= {f"{norm}.scale": (C,), f"{norm}.bias": (C,)}
-    for linear, kernel in {
-        "attn.c_attn": (C, 3 * C),
-        "attn.c_proj": (C, C),
-        "mlp.c_fc": (C, 4 * C),
-        "mlp.c_proj": (4 * C, C),
-    }.items():
-        out |= {f"h.{linear}.kernel": kernel, f"h.{linear}.bias": kernel[1:]}
-    return out
+        shapes[f"{norm}.scale"] = (C,)
+        shapes[f"{norm}.bias"] = (C,)
+    kernels = {
+        "h.attn.c_attn": (C, 3 * C),
+        "h.attn.c_proj": (C, C),
+        "h.mlp.c_fc": (C, 4 * C),
+        "h.mlp.c_proj": (4 * C, C),
+    }
+    for linear, (inputs, outputs) in kernels.items():
+        shapes[f"{linear}.kernel"] = (inputs, outputs)
+        shapes[f"{linear}.bias"] = (outputs,)
+    return shapes
 
 
 def hf_names(path: str, n_layer: int) -> list[str]:
-    """wte.embedding -> [wte.weight]; h.ln_1.scale -> [h.0.ln_1.weight, h.1.ln_1.weight, ...]"""
+    """Return the names of the tensors that make a parameter.
+
+    wte.embedding -> [wte.weight]; h.ln_1.scale -> [h.0.ln_1.weight, h.1.ln_1.weight, ...]"""
     name = re.sub(r"\.(kernel|embedding|scale)$", ".weight", path)
-    return [f"h.{i}.{name[2:]}" for i in range(n_layer)] if name.startswith("h.") else [name]
+    if not name.startswith("h."):
+        return [name]
+    name_in_layer = name.removeprefix("h.")
+    return [f"h.{i}.{name_in_layer}" for i in range(n_layer)]
 
 
-def nested(flat: dict) -> dict:
-    """{"a.b": x} -> {"a": {"b": x}}"""
-    root = {}
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return a dict of dotted paths as nested dicts: {"a.b": x} -> {"a": {"b": x}}."""
+    root: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
-        reduce(lambda node, key: node.setdefault(key, {}), parents, root)[leaf] = value
+        node = root
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = value
     return root
 
 
-def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
-    """The tensors by name, without "transformer." and without buffers: exactly those that config asks for, of
-    the right shape and dtype, and lm_head.weight where there is one."""
-    for file, open_file in (
-        ("model.safetensors", open_safetensors),
-        ("pytorch_model.bin", open_torch),
-    ):
-        index = directory / f"{file}.index.json"
-        if (directory / file).is_file() or index.is_file():
-            files = [directory / file] if (directory / file).is_file() else shards(index)
-            break
-    else:
-        raise ValueError(
-            f"{directory} has neither model.safetensors nor pytorch_model.bin, whole or as shards"
-        )
-    tensors = {}
-    for path in files:
-        for name, tensor in open_file(path).items():
+def value_at(tree: dict[str, Any], path: str) -> Any:
+    """Return what nested dicts hold at a dotted path."""
+    node = tree
+    for key in path.split("."):
+        node = node[key]
+    return node
+
+
+# Opening a checkpoint
+
+
+def open_checkpoint(
+    directory: Path, weights: WeightFiles, config: GPTConfig
+) -> dict[str, StoredTensor]:
+    """Return the tensors by name, without "transformer." and without buffers.
+
+    They are exactly those that config asks for, of the right shape and dtype, and lm_head.weight if
+    there is one. Only headers are read; a pytorch_model.bin, however, is loaded whole."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in weights.paths:
+        for name, tensor in weights.open_file(path).items():
             name = name.removeprefix("transformer.")
-            if not BUFFER.fullmatch(name):
-                require(name not in tensors, f"{path}: {listed([name])} is there twice")
+            if not HF_BUFFER.fullmatch(name):
+                require(name not in tensors, f"{path}: {quote_some([name])} is there twice")
                 tensors[name] = tensor
-    misfit = f"{directory} is not the GPT-2 that its config.json describes"
+    require_names_and_shapes(directory, tensors, config)
+    wrong = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES]
     require(
-        config.n_layer <= len(tensors),
-        f"{misfit}: n_layer={config.n_layer}, but there are only {len(tensors)} tensors",
-    )  # before so many names are made
-    want = {
-        name: shape
-        for path, shape in shapes(config).items()
-        for name in hf_names(path, config.n_layer)
-    }
-    missing, unexpected = want.keys() - tensors.keys(), tensors.keys() - {*want, "lm_head.weight"}
-    require(
-        not missing and not unexpected,
-        f"{misfit}: missing {listed(missing)}; unexpected {listed(unexpected)}",
+        not wrong,
+        f"{directory}: weights must be one of {', '.join(DTYPES)}, but {quote_some(wrong)}",
     )
-    want["lm_head.weight"] = want["wte.weight"]
-    wrong = [
-        f"{name} is {t.shape}, not {want[name]}"
-        for name, t in tensors.items()
-        if t.shape != want[name]
-    ]
-    require(not wrong, f"{misfit}: {listed(wrong)}")
-    wrong = [
-        f"{name} is {t.dtype}"
-        for name, t in tensors.items()
-        if t.dtype not in ("F32", "F16", "BF16")
-    ]
-    require(not wrong, f"{directory}: weights must be F32, F16 or BF16, but {listed(wrong)}")
-    least, size = 2 * config.num_params(), sum(path.stat().st_size for path in files)
+    least = 2 * config.num_params()  # bytes, in half precision
+    size = sum(path.stat().st_size for path in weights.paths)
     require(
         least <= size,
         f"{directory}: the weights take at least {least} bytes, but the files have {size}",
@@ -291,191 +401,82 @@ def open_checkpoint(directory: Path, config: GPTConfig) -> dict[str, Stored]:
     return tensors
 
 
-def shards(index: Path) -> list[Path]:
-    """The files that an index.json names; they lie beside it."""
-    weight_map = load_json(index).get("weight_map")
-    require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
-    files = sorted(set(map(str, weight_map.values())))
-    for file in files:
-        require(Path(file).name == file, f"{index} names {file!r}, which is not a file beside it")
-        require((index.parent / file).is_file(), f"{index} names {file}, which is missing")
-    return [index.parent / file for file in files]
+def require_names_and_shapes(
+    directory: Path, tensors: dict[str, StoredTensor], config: GPTConfig
+) -> None:
+    """Raise UserError unless tensors are those of config, with or without lm_head.weight."""
+    misfit = f"{directory} is not the GPT-2 that its config.json describes"
+    require(
+        config.n_layer <= len(tensors),  # before so many names are made
+        f"{misfit}: n_layer={config.n_layer}, but there are only {len(tensors)} tensors",
+    )
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, shape in parameter_shapes(config).items():
+        expected |= dict.fromkeys(hf_names(path, config.n_layer), shape)
+    missing = expected.keys() - tensors.keys()
+    expected["lm_head.weight"] = expected["wte.weight"]
+    unexpected = tensors.keys() - expected.keys()
+    require(
+        not missing and not unexpected,
+        f"{misfit}: missing {quote_some(missing)}; unexpected {quote_some(unexpected)}",
+    )
+    wrong = [
+        f"{name} is {tensor.shape}, not {expected[name]}"
+        for name, tensor in tensors.items()
+        if tensor.shape != expected[name]
+    ]
+    require(not wrong, f"{misfit}: {quote_some(wrong)}")
 
 
-def open_safetensors(path: Path) -> dict[str, Stored]:
-    """Nothing but the header is read here; the library checks it against the file's size."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(
-            path, "numpy", backend="pread"
-        )  # mapped pages would count as a second copy
-        slices = {name: file.get_slice(name) for name in file.keys()}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is truncated or no safetensors file: {first_line(e)}") from e
-    load = lambda name: partial(file.get_tensor, name)
-    return {
-        name: Stored(f"{name} in {path}", tuple(s.get_shape()), s.get_dtype(), load(name))
-        for name, s in slices.items()
-    }
+# Writing a model
 
 
-def open_torch(path: Path) -> dict[str, Stored]:
-    """A pytorch_model.bin, whole in memory. weights_only: no code in the pickle is run."""
-    import torch  # here, because safetensors do not need it
+def write(
+    directory: str | Path,
+    config: GPTConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write a directory that transformers, and so vLLM and llama.cpp's converter, load as it is.
 
-    try:
-        if zipfile.is_zipfile(path):  # files older than torch 1.6 are not
-            size = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist())
-            require(
-                size <= path.stat().st_size,
-                f"it would unpack to {size} bytes, and torch packs nothing",
-            )
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        require(isinstance(tensors, dict), f"it is a {type(tensors).__name__}")
-        for name, t in tensors.items():
-            require(
-                type(name) is str and type(t) in (torch.Tensor, torch.nn.Parameter),
-                f"{name} is a {type(t).__name__}",
-            )
-    except Exception as e:  # a hostile file can raise anything in an unpickler
-        raise ValueError(
-            f"{path} is truncated or holds something else than tensors by name, none of it was run: "
-            f"{first_line(e)}"
-        ) from e
-    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    load = lambda t: (
-        lambda: t.detach().float().numpy()
-    )  # float, because numpy does not know torch's bfloat16
-    return {
-        name: Stored(
-            f"{name} in {path}", tuple(t.shape), dtypes.get(t.dtype, str(t.dtype)), load(t)
-        )
-        for name, t in tensors.items()
-    }
-
-
-def load_json(path: Path) -> dict:
-    """The JSON object in a file."""
-    require(path.is_file(), f"there is no {path}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON: {first_line(e)}") from e
-    require(isinstance(value, dict), f"{path} holds no JSON object")
-    return value
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """The first names, shortened, in one line: a stranger chose them."""
-    names = [ascii(name)[1:-1][:100] for name in sorted(names)]
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    return ", ".join(names[:most] + more) or "none"
-
-
-def first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
-
-
-def write(directory: str | Path, config: GPTConfig, params: dict, tok: tokenizer.Tokenizer) -> None:
-    """A directory that transformers, and so vLLM and llama.cpp's converter, load as it is: config.json,
-    generation_config.json, model.safetensors in float32 and the tokenizer's files. It appears complete or not
-    at all; an existing one is refused (ValueError).
-
-    params as GPT.params() has them; they keep their bits. The vocabulary padding is left out. Hugging Face's
-    GPT-2 always has biases: for bias=False they are written as zeros."""
+    It gets config.json, generation_config.json, model.safetensors in float32 and, if there is a
+    tokenizer, its files. params are as GPT.params() has them and keep their bits; the padding of
+    the vocabulary is left out. The directory appears complete or not at all. Raises UserError if it
+    exists already."""
     from safetensors.numpy import save_file
 
     directory = Path(directory)
     require(not directory.exists(), f"{directory} exists already: remove it or name another")
-    tensors = {}
-    for path, shape in shapes(config).items():
-        names = hf_names(path, config.n_layer)
-        if path.endswith(".bias") and not config.bias:
-            array = np.zeros((len(names), *shape), np.float32)
-        else:
-            array = np.asarray(reduce(operator.getitem, path.split("."), params))
-            array = np.ascontiguousarray(
-                array if path.startswith("h.") else array[None, : shape[0]]
-            )
-        assert array.shape == (len(names), *shape) and array.dtype == np.float32, (
-            f"{path} is {array.dtype}"
-        )
-        tensors |= {f"transformer.{name}": row for name, row in zip(names, array)}
+    tensors = hf_tensors(config, params)
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    special = {
-        "bos_token_id": tok.eos_id,
-        "eos_token_id": tok.eos_id,
-    }  # also null: the default is 50256
-    hf = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "torch_dtype": "float32",
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
-        "n_inner": None,
-        **FIXED,
-        "activation_function": config.activation,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-        **special,
-    }
-    save_json(temporary / "config.json", hf)
-    save_json(temporary / "generation_config.json", special)
-    write_tokenizer(temporary, tok, config.block_size)
+    eos_id = None if tokenizer is None else tokenizer.eos_id
+    # Written even where they are null: transformers' default is GPT-2's 50256.
+    special_tokens = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    save_json(temporary / "config.json", hf_config(config) | special_tokens)
+    save_json(temporary / "generation_config.json", special_tokens)
+    if tokenizer is not None:
+        write_tokenizer(temporary, tokenizer, config.block_size)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     temporary.rename(directory)
 
 
-def write_tokenizer(directory: Path, tok: tokenizer.Tokenizer, block_size: int) -> None:
-    """tokenizer.json, vocab.json, merges.txt and tokenizer_config.json: AutoTokenizer then encodes as tok
-    does, but reads the text of a special token as that token, and drops characters that a CharTokenizer
-    refuses."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def hf_tensors(config: GPTConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the parameters by Hugging Face's names, which all begin with "transformer.".
 
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,
-    }
-    if isinstance(tok, tokenizer.CharTokenizer):
-        hf = Tokenizer(models.BPE(tok.ids, []))  # no merges: each character is a token
-        hf.decoder = decoders.Fuse()  # characters are joined without spaces
-        save_json(directory / "meta.json", tok.meta())
-    elif isinstance(tok, tokenizer.GPT2Tokenizer):
-        char_of = {byte: c for c, byte in tokenizer.BYTE_OF.items()}
-        text = lambda token: "".join(char_of[b] for b in token)
-        ranks = {tok.token_bytes(i): i for i in range(tok.vocab_size) if i != tok.eos_id}
-        merges = [tuple(map(text, merged_from(token, ranks))) for token in ranks if len(token) > 1]
-        vocab = {text(token): i for token, i in ranks.items()} | {"<|endoftext|>": tok.eos_id}
-        hf = Tokenizer(models.BPE(vocab, merges))
-        hf.pre_tokenizer, hf.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
-        hf.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-        settings["tokenizer_class"] = "GPT2Tokenizer"
-    else:
-        hf = Tokenizer.from_str(tok.json)
-    if tok.eos_id is not None:
-        settings |= {
-            "bos_token": hf.id_to_token(tok.eos_id),
-            "eos_token": hf.id_to_token(tok.eos_id),
-        }
-    hf.save(str(directory / "tokenizer.json"))
-    hf.model.save(str(directory))
-    save_json(directory / "tokenizer_config.json", settings)
-
-
-def merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that BPE merges last to make token: tiktoken has ranks, merges.txt wants pairs."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def save_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    Hugging Face's GPT-2 always has biases: for bias=False they are zeros."""
+    tensors = {}
+    for path, shape in parameter_shapes(config).items():
+        names = hf_names(path, config.n_layer)
+        if path.endswith(".bias") and not config.bias:
+            layers = np.zeros((len(names), *shape), np.float32)
+        else:
+            array = np.asarray(value_at(params, path))
+            layers = array if path.startswith("h.") else array[None, : shape[0]]
+        assert layers.shape == (len(names), *shape), f"{path} is {layers.shape}"
+        assert layers.dtype == np.float32, f"{path} is {layers.dtype}"
+        layers = np.ascontiguousarray(layers)  # safetensors writes the memory as it lies
+        for name, tensor in zip(names, layers, strict=True):
+            tensors[f"transformer.{name}"] = tensor
+    return tensors

@@ -1,38 +1,61 @@
-"""Text to token ids and back: characters, GPT-2's BPE, or a Hugging Face directory's tokenizer. No JAX.
+"""Text to token ids and back: characters, GPT-2's BPE, or a Hugging Face directory's tokenizer.
 
-Each token stands for fixed bytes, whatever its neighbours: decoding is concatenation, so it streams.
+Start with `Tokenizer`, which says what all three offer, and `CharTokenizer`, the plainest of them.
+Each token stands for fixed bytes, whatever its neighbours, so decoding is concatenation and can be
+streamed: see `StreamDecoder`. There is no JAX in here.
 """
 
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError, require
+from hf_files import load_json, save_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token, as text
 
 
 class Tokenizer(ABC):
-    """What every tokenizer offers; ids are 0 ... vocab_size - 1."""
+    """What every tokenizer offers. Ids are 0 ... vocab_size - 1."""
 
     name: str
+    """The kind of tokenizer, as meta.json has it."""
     vocab_size: int
+    """The number of ids."""
     eos_id: int | None
-    """the token that ends a document, if the vocabulary has one"""
+    """The token that ends a document, if the vocabulary has one."""
     special_tokens: dict[str, int]
-    """the tokens that no text becomes, by the text they are written as"""
+    """The tokens that no text becomes, by the text they are written as."""
+    hf_class = "PreTrainedTokenizerFast"
+    """The class of transformers that loads what to_hf() returns."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of text. "<|endoftext|>" in it is ordinary text, never the special token."""
+        """Return the ids of text. "<|endoftext|>" in it is ordinary text, not the special token."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for: not always whole UTF-8 characters."""
+        """Return the bytes that one token stands for: not always whole UTF-8 characters."""
 
     @abstractmethod
-    def meta(self) -> dict:
-        """What from_meta needs to make this tokenizer again; can be written as JSON."""
+    def meta(self) -> dict[str, Any]:
+        """Return what from_meta needs to make this tokenizer again; it can be written as JSON."""
+
+    def to_hf(self) -> "tokenizers.Tokenizer":
+        """Return this tokenizer in the form that Hugging Face's library saves and loads.
+
+        Only the tokenizers that can be exported have this form. It encodes as this one does, except
+        that it reads the text of a special token as that token, and drops the characters that a
+        CharTokenizer refuses."""
+        raise NotImplementedError(f"a {type(self).__name__} cannot be exported")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids. Bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
 
@@ -40,165 +63,279 @@ class CharTokenizer(Tokenizer):
     """One token per character: id i is chars[i]."""
 
     name = "char"
-    eos_id = None
-    special_tokens = {}
 
-    def __init__(self, chars: str):
+    def __init__(self, chars: str) -> None:
         self.chars = chars
         self.ids = {c: i for i, c in enumerate(chars)}
         assert len(self.ids) == len(chars), f"a character occurs twice in {chars!r}"
         self.vocab_size = len(chars)
+        self.eos_id = None
+        self.special_tokens = {}
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError, naming them, if text has characters outside the vocabulary."""
+        """Return the ids of text. Raises UserError, naming them, if it has unknown characters."""
         try:
             return [self.ids[c] for c in text]
         except KeyError:
             unknown = "".join(sorted(set(text) - self.ids.keys()))
-            raise ValueError(
+            raise UserError(
                 f"the vocabulary of {self.vocab_size} characters does not have {unknown!r}: "
                 "leave these out of the text"
             ) from None
 
     def token_bytes(self, token: int) -> bytes:
+        """Return the character in UTF-8."""
         return self.chars[token].encode("utf-8")
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
+        """Return the kind and the characters."""
         return {"tokenizer": self.name, "chars": self.chars}
+
+    def to_hf(self) -> "tokenizers.Tokenizer":
+        """Return a BPE without merges, so that each character stays a token."""
+        import tokenizers
+
+        hf = tokenizers.Tokenizer(tokenizers.models.BPE(self.ids, []))
+        hf.decoder = tokenizers.decoders.Fuse()  # joins the characters without spaces
+        return hf
 
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, through tiktoken, which downloads two files at first use."""
 
     name = "gpt2"
+    hf_class = "GPT2Tokenizer"
 
-    def __init__(self):
+    def __init__(self) -> None:
+        """Raises UserError if the files are neither in tiktoken's cache nor to be downloaded."""
         import tiktoken  # here, because characters do not need it
 
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except OSError as e:  # requests' errors are OSErrors
-            raise ValueError(
+        except OSError as e:  # the errors of requests are OSErrors
+            raise UserError(
                 f"cannot download GPT-2's BPE files ({type(e).__name__}): without a network, "
                 "set TIKTOKEN_CACHE_DIR to a tiktoken cache that holds them"
             ) from e
         self.vocab_size = self.bpe.n_vocab
         self.eos_id = self.bpe.eot_token
-        self.special_tokens = {"<|endoftext|>": self.eos_id}
+        self.special_tokens = {END_OF_TEXT: self.eos_id}
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of text, all of it ordinary."""
         return self.bpe.encode_ordinary(text)
 
     def token_bytes(self, token: int) -> bytes:
+        """Return the bytes as OpenAI's ranks have them."""
         return self.bpe.decode_single_token_bytes(token)
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
+        """Return the kind alone: there is one GPT-2 BPE."""
         return {"tokenizer": self.name}
+
+    def to_hf(self) -> "tokenizers.Tokenizer":
+        """Return the same BPE with the vocabulary and the merges that OpenAI published."""
+        import tokenizers
+
+        ranks = {self.token_bytes(i): i for i in range(self.vocab_size) if i != self.eos_id}
+        vocab = {written(token): i for token, i in ranks.items()}
+        vocab[END_OF_TEXT] = self.bpe.eot_token
+        merges = []
+        for token in ranks:  # in the order of their ranks, which is the order of the merges
+            if len(token) > 1:
+                left, right = last_merge(token, ranks)
+                merges.append((written(left), written(right)))
+        hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+        hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        hf.decoder = tokenizers.decoders.ByteLevel()
+        end_of_text = tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)
+        hf.add_special_tokens([end_of_text])
+        return hf
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the two tokens that BPE merges last to make token, which has at least two bytes.
+
+    tiktoken has ranks; merges.txt wants pairs."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+        pair_ranks = [ranks.get(pair, len(ranks)) for pair in pairs]
+        first = pair_ranks.index(min(pair_ranks))
+        parts[first : first + 2] = [pairs[first]]
+    left, right = parts
+    return left, right
 
 
 class HFTokenizer(Tokenizer):
-    """The byte-level BPE of a Hugging Face model directory (tokenizer.json, or vocab.json and merges.txt).
+    """The byte-level BPE of a Hugging Face model directory, from the content of its tokenizer.json.
 
-    meta() holds the whole tokenizer.json, so a checkpoint finetuned from that directory outlives it."""
+    meta() holds that whole content, so a checkpoint finetuned from a directory outlives it."""
 
     name = "hf"
 
-    def __init__(self, directory: str | Path):
-        """Raises ValueError if directory has no tokenizer, or one that is not byte-level BPE."""
-        directory = Path(directory)
-        # transformers makes an empty tokenizer, without a word, where config.json is all it finds.
-        if not any(
-            all((directory / f).is_file() for f in files)
-            for files in (["tokenizer.json"], ["vocab.json", "merges.txt"])
-        ):
-            raise ValueError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt")
-        from transformers import AutoTokenizer  # here, because its import takes seconds
-
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        self._build(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
-
-    @classmethod
-    def from_json(cls, tokenizer_json: str, eos_id: int | None) -> "HFTokenizer":
-        """From the content of a tokenizer.json."""
-        self = cls.__new__(cls)
-        self._build(tokenizer_json, eos_id)
-        return self
-
-    def _build(self, tokenizer_json: str, eos_id: int | None) -> None:
+    def __init__(self, tokenizer_json: str, eos_id: int | None) -> None:
+        """Raises UserError if the tokenizer is not byte-level BPE."""
         import tokenizers
 
-        self.json, self.eos_id = tokenizer_json, eos_id
+        self.json = tokenizer_json
+        self.eos_id = eos_id
         self.bpe = tokenizers.Tokenizer.from_str(tokenizer_json)
-        if not isinstance(self.bpe.decoder, tokenizers.decoders.ByteLevel):
-            raise ValueError(
-                f"the tokenizer decodes by {type(self.bpe.decoder).__name__}: "
-                "only byte-level BPE, as GPT-2 has it, is supported"
-            )
+        require(
+            isinstance(self.bpe.decoder, tokenizers.decoders.ByteLevel),
+            f"the tokenizer decodes by {type(self.bpe.decoder).__name__}: "
+            "only byte-level BPE, as GPT-2 has it, is supported",
+        )
         self.bpe.encode_special_tokens = True  # that is: as ordinary text
-        self.bpe.no_truncation()  # tokenizer.json may ask for either
+        self.bpe.no_truncation()  # tokenizer.json may ask for truncation, and for padding
         self.bpe.no_padding()
-        self.special_tokens = {
-            t.content: i for i, t in self.bpe.get_added_tokens_decoder().items() if t.special
-        }
+        added = self.bpe.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self.bytes = {i: bytes_of(token) for token, i in self.bpe.get_vocab().items()}
         self.vocab_size = max(self.bytes) + 1
 
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "HFTokenizer":
+        """Return the tokenizer of tokenizer.json, or of vocab.json and merges.txt.
+
+        Raises UserError if directory has none of these, or a tokenizer of another kind."""
+        directory = Path(directory)
+        has_json = (directory / "tokenizer.json").is_file()
+        has_bpe = (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()
+        # transformers makes an empty tokenizer, without a word, if config.json is all it finds.
+        require(
+            has_json or has_bpe,
+            f"{directory} has no tokenizer.json, nor vocab.json and merges.txt",
+        )
+        from transformers import AutoTokenizer  # here, because its import takes seconds
+
+        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return cls(hf.backend_tokenizer.to_str(), hf.eos_token_id)
+
     def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode(
-            "utf-16", "replace"
-        )  # JSON may hold half a pair
+        """Return the ids of text. Half a surrogate pair, which JSON may hold, counts as U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that the token's characters stand for."""
         return self.bytes[token]
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
+        """Return the kind, the whole tokenizer.json and the id that ends a document."""
         return {"tokenizer": self.name, "eos_id": self.eos_id, "tokenizer_json": self.json}
 
+    def to_hf(self) -> "tokenizers.Tokenizer":
+        """Return the tokenizer that tokenizer.json describes, with its truncation and padding."""
+        import tokenizers
 
-# Byte-level BPE writes each byte as a printable character: those that are printable in Latin-1 as themselves,
-# the others, in order, as the characters from U+0100 on (openai/gpt-2, encoder.py: bytes_to_unicode).
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = {chr(b): b for b in PRINTABLE}
-BYTE_OF |= {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+        return tokenizers.Tokenizer.from_str(self.json)
+
+
+# How byte-level BPE writes bytes
+
+
+def byte_of_each_character() -> dict[str, int]:
+    """Return the printable character that stands for each byte, by character.
+
+    Bytes that are printable in Latin-1 are written as themselves, the others, in order, as the
+    characters from U+0100 on (openai/gpt-2, encoder.py: bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return byte_of
+
+
+BYTE_OF = byte_of_each_character()
+CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 
 
 def bytes_of(token: str) -> bytes:
-    """The bytes of a byte-level BPE token; an added token that is not written that way is its own text."""
+    """Return the bytes of a byte-level BPE token.
+
+    An added token that is not written that way is its own text."""
     if all(c in BYTE_OF for c in token):
         return bytes(BYTE_OF[c] for c in token)
     return token.encode("utf-8")
 
 
-def from_meta(meta: dict) -> Tokenizer:
-    """The tokenizer whose meta() this is; the other keys that data/NAME/meta.json has are not looked at."""
+def written(token: bytes) -> str:
+    """Return a token of these bytes as vocab.json and merges.txt write it."""
+    return "".join(CHARACTER_OF[byte] for byte in token)
+
+
+# From files and into them
+
+
+def from_meta(meta: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer whose meta() this is. The other keys of a meta.json are not looked at.
+
+    Raises UserError if it is none of the known ones."""
     match meta.get("tokenizer"):
         case "char":
             return CharTokenizer(meta["chars"])
         case "gpt2":
             return GPT2Tokenizer()
         case "hf":
-            return HFTokenizer.from_json(meta["tokenizer_json"], meta["eos_id"])
+            return HFTokenizer(meta["tokenizer_json"], meta["eos_id"])
         case other:
-            raise ValueError(
+            raise UserError(
                 f"meta.json names the tokenizer {other!r}; the known ones are char, gpt2 and hf"
             )
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Return the tokenizer of a model directory. Raises UserError.
+
+    A run of train.py has a meta.json, and so has an exported CharTokenizer, see write_tokenizer;
+    other directories have the files of Hugging Face's tokenizers."""
+    meta = directory / "meta.json"
+    if meta.is_file():
+        return from_meta(load_json(meta))
+    return HFTokenizer.from_directory(directory)
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, block_size: int) -> None:
+    """Write what transformers' AutoTokenizer and read_tokenizer make the tokenizer from again.
+
+    The files are tokenizer.json, vocab.json, merges.txt and tokenizer_config.json; for a
+    CharTokenizer meta.json too, because read_tokenizer knows byte-level BPE only. Tokenizer.to_hf
+    says in what transformers' differs."""
+    settings = {
+        "tokenizer_class": tokenizer.hf_class,
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    hf = tokenizer.to_hf()
+    if tokenizer.eos_id is not None:
+        eos = hf.id_to_token(tokenizer.eos_id)
+        settings |= {"bos_token": eos, "eos_token": eos}
+    hf.save(str(directory / "tokenizer.json"))
+    hf.model.save(str(directory))
+    save_json(directory / "tokenizer_config.json", settings)
+    if isinstance(tokenizer, CharTokenizer):
+        save_json(directory / "meta.json", tokenizer.meta())
+
+
+# Piece by piece
 
 
 class StreamDecoder:
     """Decodes tokens as they come, at constant cost per token.
 
-    What push() and finish() return adds up to decode(all ids). A character whose bytes are spread over tokens
-    is held back until it is whole, so U+FFFD comes out only for bytes that no later token can complete."""
+    What push() and finish() return adds up to decode(all ids). A character whose bytes are spread
+    over several tokens is held back until it is whole, so U+FFFD comes out only for bytes that no
+    later token can complete."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that ids complete."""
+        """Return the text that ids complete."""
         return self.decoder.decode(b"".join(map(self.tokenizer.token_bytes, ids)))
 
     def finish(self) -> str:
-        """What was held back: no more tokens will come."""
+        """Return what was held back: no more tokens will come."""
         return self.decoder.decode(b"", final=True)

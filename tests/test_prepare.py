@@ -1,3 +1,5 @@
+"""Data sets: their figures, texts that are cut anywhere, bad input, replacement, downloads."""
+
 import hashlib
 import http.server
 import json
@@ -37,28 +39,30 @@ def here(tmp_path, monkeypatch):
 
 
 def program(*argv: str) -> None:
-    """What `python prepare.py ARGV` does."""
+    """Do what `python prepare.py ARGV` does."""
     with user_errors():
         prepare.main(parse(PrepareConfig, argv=list(argv)))
 
 
 def fails(capsys, *argv: str) -> str:
     """Run the program, which must end in one sentence and code 2, and return the sentence."""
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as end:
         program(*argv)
     sentence = capsys.readouterr().err
-    assert exit.value.code == 2 and sentence.count("\n") == 1, sentence
+    assert end.value.code == 2
+    assert sentence.count("\n") == 1, sentence
     return sentence
 
 
 def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return the meta.json of a data set, and the ids of its splits."""
     meta = json.loads((directory / "meta.json").read_text())
-    return meta, {
-        split: np.fromfile(directory / f"{split}.bin", meta["dtype"]) for split in ("train", "val")
-    }
+    files = {split: directory / f"{split}.bin" for split in ("train", "val")}
+    return meta, {split: np.fromfile(file, meta["dtype"]) for split, file in files.items()}
 
 
 def tree(directory: Path) -> dict[str, bytes]:
+    """Return all files under directory, by path, with their contents."""
     return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
@@ -70,11 +74,15 @@ def tree(directory: Path) -> dict[str, bytes]:
     [("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50257)],
 )
 def test_tiny_shakespeare_has_nanogpts_counts(name, train, val, vocab_size, gpt2, shared, here):
-    """Catches another split, another tokenizer, text changed on the way: the figures of nanoGPT's readmes."""
+    """Catches another split, another tokenizer, and text changed on the way.
+
+    The figures are those of nanoGPT's readmes."""
     file = shared / "tinyshakespeare" / "input.txt"
     program(name, "--input", str(file))
     meta, ids = load(here / "data" / name)
-    assert (len(ids["train"]), len(ids["val"]), meta["vocab_size"]) == (train, val, vocab_size)
+    assert len(ids["train"]) == train
+    assert len(ids["val"]) == val
+    assert meta["vocab_size"] == vocab_size
     tokenizer = from_meta(meta)
     assert tokenizer.decode(ids["train"]) + tokenizer.decode(ids["val"]) == file.read_text()
 
@@ -86,14 +94,16 @@ def test_pystdlib_is_python_and_always_the_same(here):
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, timeout=120)
     meta, ids = load(here / "a")
     assert meta == load(here / "b")[0]
-    assert 90 <= meta["vocab_size"] <= 100 and 3e6 < meta["train_tokens"] + meta["val_tokens"] < 8e6
-    text = from_meta(meta).decode(ids["train"])
-    assert "\ndef dataclass(" in text or "\ndef dataclass(" in from_meta(meta).decode(ids["val"])
+    assert 90 <= meta["vocab_size"] <= 100
+    assert 3e6 < meta["train_tokens"] + meta["val_tokens"] < 8e6
+    text = from_meta(meta).decode([*ids["train"], *ids["val"]])
+    assert "\ndef dataclass(" in text
 
 
 def test_meta_describes_the_files(here):
-    """Catches counts, checksums, dtype or vocabulary in meta.json that are not those of the files."""
-    many = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))  # more than uint16 can tell apart
+    """Catches counts, checksums, dtype or vocabulary in meta.json that the files do not have."""
+    more_than_uint16 = range(0x10000, 0x10000 + 70_000)
+    many = "".join(map(chr, more_than_uint16))
     for name, content, dtype in (
         ("few.txt", "abcdefghij" * 9, "uint16"),
         ("many.txt", many, "uint32"),
@@ -101,11 +111,9 @@ def test_meta_describes_the_files(here):
         Path(name).write_text(content, encoding="utf-8")
         program("text", "--input", name, "--tokenizer=char", "--out_dir=out")
         meta, ids = load(here / "out")
-        assert (
-            meta["dtype"] == dtype
-            and meta["vocab_size"] == len(set(content))
-            and meta["source"] == name
-        )
+        assert meta["dtype"] == dtype
+        assert meta["vocab_size"] == len(set(content))
+        assert meta["source"] == name
         for split in ("train", "val"):
             assert meta[f"{split}_tokens"] == len(ids[split])
             content_of = Path("out", f"{split}.bin").read_bytes()
@@ -117,18 +125,16 @@ def test_meta_describes_the_files(here):
 def test_openwebtext_is_split_shuffled_and_ended_as_nanogpts(here, gpt2, monkeypatch):
     """Catches pages lost, doubled or reordered, a missing end of text, another split or seed."""
     datasets = pytest.importorskip("datasets")
-    pages = datasets.Dataset.from_dict(
-        {"text": [f"page {i}\n" + "word " * (i % 5) for i in range(2500)]}
-    )
+    texts = [f"page {i}\n" + "word " * (i % 5) for i in range(2500)]
+    pages = datasets.Dataset.from_dict({"text": texts})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pages)
     program("openwebtext", "--num_proc=2")
     meta, ids = load(here / "data" / "openwebtext")
     assert meta["dtype"] == "uint16"
     expected = pages.train_test_split(test_size=0.0005, seed=2357, shuffle=True)  # nanoGPT's line
     for split, name in (("train", "train"), ("val", "test")):
-        assert gpt2.decode(ids[split]) == "".join(
-            text + "<|endoftext|>" for text in expected[name]["text"]
-        )
+        ended_pages = [text + "<|endoftext|>" for text in expected[name]["text"]]
+        assert gpt2.decode(ids[split]) == "".join(ended_pages)
 
 
 def test_openwebtext_without_network(gpt2, here, monkeypatch, capsys):
@@ -141,6 +147,26 @@ def test_openwebtext_without_network(gpt2, here, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     assert "--input FILE" in fails(capsys, "openwebtext")
     assert os.listdir("data") == []
+
+
+def test_openwebtext_warns_once_of_an_unreachable_hub(gpt2, here):
+    """Catches the two lines that the Hub's client writes for each of its retries."""
+    pytest.importorskip("datasets")
+    code = (
+        "import sys, time\n"
+        "time.sleep = lambda seconds: None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import cli, prepare\n"
+        "with cli.user_errors(): prepare.main(prepare.PrepareConfig('openwebtext'))"
+    )
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # nothing listens there
+    env = os.environ | hub | {"HF_HOME": str(here / "cache")}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=120)
+    *warnings, sentence = run.stderr.splitlines()
+    assert len(warnings) <= 1, warnings
+    assert "--input FILE" in sentence
+    assert run.returncode == 2
 
 
 # Streaming
@@ -163,7 +189,7 @@ def test_pieces_are_cut_where_gpt2s_pattern_breaks(text, size):
 @settings(max_examples=300, deadline=None)
 @given(text=TRICKY, size=st.integers(1, 20))
 def test_pieces_encode_to_what_the_whole_text_does(gpt2, text, size):
-    """The same with tiktoken, which spells the pattern in another way."""
+    """Catches the same faults with tiktoken, which spells the pattern in another way."""
     pieces = list(prepare.pieces(text[i : i + size] for i in range(0, len(text), size)))
     assert [token for piece in pieces for token in gpt2.encode(piece)] == gpt2.encode(text)
 
@@ -185,7 +211,7 @@ CHARACTERS = st.characters(exclude_characters="\r\ufeff", exclude_categories=["C
     chunk=st.integers(1, 9),
 )
 def test_characters_are_counted_as_characters(tmp_path_factory, text, first, last, chunk):
-    """Catches offsets in bytes, characters lost at the seams of chunks, and a BOM that becomes a token."""
+    """Catches offsets in bytes, characters lost between chunks, and a BOM that becomes a token."""
     file = tmp_path_factory.getbasetemp() / "characters.txt"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -195,19 +221,23 @@ def test_characters_are_counted_as_characters(tmp_path_factory, text, first, las
 
 
 def test_files_are_joined_by_the_end_of_text(tmp_path):
-    """Catches an end of text at the seam of train and val, or missing elsewhere, and files reordered."""
+    """Catches an end of text between train and val, or missing elsewhere, and files reordered."""
     tokenizer = CharTokenizer("|" + "abcdefghijkl")
     tokenizer.eos_id = 0
     files = [(tmp_path / text, len(text)) for text in ("abc", "d", "efghijkl")]
     for file, _ in files:
         file.write_text(file.name)
+
+    def text_of(first: int, last: int) -> str:
+        pieces = prepare.encode(tokenizer, files, first, last)
+        return "".join(tokenizer.decode(ids) for ids in pieces)
+
     for cut in range(13):
-        train, val = (
-            tokenizer.decode([i for ids in prepare.encode(tokenizer, files, *ends) for i in ids])
-            for ends in ((0, cut), (cut, 12))
-        )
+        train = text_of(0, cut)
+        val = text_of(cut, 12)
         assert train.replace("|", "") + val.replace("|", "") == "abcdefghijkl"
-        assert train + ("|" if cut in (3, 4) else "") + val == "abc|d|efghijkl"
+        between_splits = "|" if cut in (3, 4) else ""  # where a file ends, no token is needed
+        assert train + between_splits + val == "abc|d|efghijkl"
 
 
 def test_memory_does_not_grow_with_the_text(here, monkeypatch):
@@ -249,7 +279,7 @@ def test_memory_does_not_grow_with_the_text(here, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(argv, says, here, capsys):
-    """Catches tracebacks, files half-written, and a directory of the user's own replaced by a data set."""
+    """Catches tracebacks, files half-written, and a directory of the user's own replaced."""
     Path("folder").mkdir()
     files = {
         "good.txt": b"some text " * 9,
@@ -262,21 +292,23 @@ def test_bad_input_is_one_sentence_and_writes_nothing(argv, says, here, capsys):
         Path(name).write_bytes(content)
     before = tree(here)
     assert says in fails(capsys, *argv.split())
-    assert tree(here) == before and not any(path.name.startswith(".") for path in here.rglob("*"))
+    assert tree(here) == before
+    assert not any(path.name.startswith(".") for path in here.rglob("*"))
 
 
 def test_the_program_itself_exits_with_2(here):
     """Catches a __main__ that does not turn errors into the exit code."""
     command = [sys.executable, ROOT / "prepare.py", "text", "--input=no"]
     run = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert run.returncode == 2 and run.stderr == "prepare.py: there is no file no\n"
+    assert run.returncode == 2
+    assert run.stderr == "prepare.py: there is no file no\n"
 
 
 # Replacing a data set
 
 
 def test_an_earlier_data_set_is_replaced_or_survives_whole(here, capsys):
-    """Catches an old data set lost, or mixed with a new one: short.txt fails after writing train.bin."""
+    """Catches an old data set lost, or mixed with a new one that fails after its train.bin."""
     Path("one.txt").write_text("first " * 20)
     Path("two.txt").write_text("second " * 30)
     Path("short.txt").write_text("0123456789")
@@ -288,21 +320,23 @@ def test_an_earlier_data_set_is_replaced_or_survives_whole(here, capsys):
     fails(capsys, *make, "short.txt")
     assert tree(here / "elsewhere") == first
     program(*make, "two.txt")
-    assert load(here / "elsewhere")[0]["source"] == "two.txt" and Path("link").is_symlink()
+    assert load(here / "elsewhere")[0]["source"] == "two.txt"
+    assert Path("link").is_symlink()
     assert sorted(os.listdir()) == ["elsewhere", "link", "one.txt", "short.txt", "two.txt"]
-    assert (
-        os.stat("elsewhere").st_mode & 0o777 == 0o777 & ~umask()
-    )  # readable by others, as any directory
+    readable_as_any_directory = 0o777 & ~umask()
+    assert os.stat("elsewhere").st_mode & 0o777 == readable_as_any_directory
 
 
 def umask() -> int:
-    os.umask(mask := os.umask(0))
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
     return mask
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failed_swap_puts_the_old_data_set_back(error, tmp_path, monkeypatch):
-    """Catches a data set that is gone when the second of the two renames fails or is interrupted."""
+    """Catches a data set that is gone if the second of the two renames fails or is interrupted."""
     out, new = tmp_path / "out", tmp_path / "new"
     for path in (out, new):
         path.mkdir()
@@ -364,9 +398,8 @@ def test_download(server, known_body, here, monkeypatch):
     meta, ids = load(here / "data" / "shakespeare_char")
     assert from_meta(meta).decode([*ids["train"], *ids["val"]]).encode() == BODY
     assert meta["source"] == server + "good"
-    assert (
-        os.listdir("data") == ["shakespeare_char"] and len(os.listdir("data/shakespeare_char")) == 3
-    )
+    assert os.listdir("data") == ["shakespeare_char"]
+    assert len(os.listdir("data/shakespeare_char")) == 3
 
 
 @pytest.mark.parametrize(
@@ -380,9 +413,10 @@ def test_download(server, known_body, here, monkeypatch):
     ],
 )
 def test_failed_download(kind, says, server, known_body, here, monkeypatch, capsys):
-    """Catches a data set made of an error page or of half a file, and an error that names no way out."""
+    """Catches a data set made of an error page or half a file, and an error without a way out."""
     url = "http://127.0.0.1:9/" if kind == "refused" else server + kind  # nothing listens on port 9
     monkeypatch.setattr(prepare, "SHAKESPEARE_URL", url)
     sentence = fails(capsys, "shakespeare_char")
-    assert says in sentence and url in sentence and "--input FILE" in sentence
+    for words in (says, url, "--input FILE"):
+        assert words in sentence
     assert os.listdir("data") == []

@@ -1,3 +1,5 @@
+"""Text to ids and back: what every tokenizer promises, Hugging Face's directories, streams."""
+
 import json
 import os
 import shutil
@@ -7,10 +9,21 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import CharTokenizer, GPT2Tokenizer, HFTokenizer, StreamDecoder, from_meta
+from hf_files import save_json
+from tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    HFTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    from_meta,
+    read_tokenizer,
+    write_tokenizer,
+)
 
 ROOT = Path(__file__).parent.parent
 EOT = "<|endoftext|>"
@@ -27,7 +40,7 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory):
-    """A directory as GPT-2 has it, with a BPE of 264 tokens: most characters of TEXT take several."""
+    """A directory as GPT-2 has it, but with 264 tokens: most characters of TEXT take several."""
     path = tmp_path_factory.mktemp("hf")
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(
@@ -40,7 +53,7 @@ def hf_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hf(hf_dir):
-    return HFTokenizer(hf_dir)
+    return HFTokenizer.from_directory(hf_dir)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def tokenizer(request):
 
 
 def test_decode_inverts_encode_and_meta_rebuilds(tokenizer):
-    """Catches text that changes on the way (spaces, \\r\\n) and a meta() that does not survive JSON."""
+    """Catches text that changes on the way (spaces, \\r\\n) and a meta() that JSON changes."""
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
     again = from_meta(
@@ -67,8 +80,9 @@ def test_decode_inverts_encode_and_meta_rebuilds(tokenizer):
 
 
 def test_gpt2_is_gpt2(gpt2):
-    """Catches another encoding (cl100k...) or a wrong end of text: ids from OpenAI's own encoder."""
-    assert gpt2.vocab_size == 50257 and gpt2.eos_id == 50256
+    """Catches another encoding (cl100k...) or a wrong end of text. The ids are OpenAI's."""
+    assert gpt2.vocab_size == 50257
+    assert gpt2.eos_id == 50256
     assert gpt2.encode("Hello world") == [15496, 995]
 
 
@@ -93,7 +107,7 @@ def test_unknown_tokenizer_is_named():
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path):
-    """Catches a traceback. In its own process, because tiktoken remembers an encoding it has loaded."""
+    """Catches a traceback. A process of its own, because tiktoken remembers its encodings."""
     code = "import tokenizer\ntry: tokenizer.GPT2Tokenizer()\nexcept ValueError as e: print(e)"
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     run = subprocess.run(
@@ -111,11 +125,13 @@ def test_gpt2_without_network_says_what_to_do(tmp_path):
 
 
 def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, shared, tmp_path):
-    """Catches a byte-to-character table that is wrong somewhere: all tokens, and a text, against tiktoken."""
+    """Catches a byte-to-character table that is wrong somewhere.
+
+    All tokens, and a text, are compared with tiktoken's."""
     for prefix, name in (("6c7e", "vocab.json"), ("6d1c", "merges.txt")):
         shutil.copy(next((shared / "tiktoken_cache").glob(prefix + "*")), tmp_path / name)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    hf = HFTokenizer(tmp_path)
+    hf = HFTokenizer.from_directory(tmp_path)
     assert (hf.vocab_size, hf.eos_id) == (gpt2.vocab_size, gpt2.eos_id)
     assert [hf.token_bytes(i) for i in range(50257)] == [gpt2.token_bytes(i) for i in range(50257)]
     text = TEXT + (shared / "tinyshakespeare" / "input.txt").read_text()[:20_000] + "\ud800"
@@ -123,16 +139,17 @@ def test_hf_directory_with_gpt2s_files_is_gpt2(gpt2, shared, tmp_path):
 
 
 def test_hf_outlives_its_directory(hf_dir, tmp_path):
-    """Catches a meta() that stores a path: a checkpoint may move to a machine without that directory."""
+    """Catches a meta() that stores a path: a checkpoint may move to another machine."""
     copy = shutil.copytree(hf_dir, tmp_path / "copy")
-    tokenizer = HFTokenizer(copy)
+    tokenizer = HFTokenizer.from_directory(copy)
     shutil.rmtree(copy)
     again = from_meta(json.loads(json.dumps(tokenizer.meta())))
-    assert again.encode(TEXT) == tokenizer.encode(TEXT) and again.eos_id == tokenizer.eos_id == 0
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    assert again.eos_id == tokenizer.eos_id == 0
 
 
 def test_hf_neither_truncates_nor_pads_nor_frames(hf, tmp_path):
-    """Catches a tokenizer.json whose truncation, padding or template would silently change the ids."""
+    """Catches a tokenizer.json whose truncation, padding or template changes the ids."""
     bpe = tokenizers.Tokenizer.from_str(hf.meta()["tokenizer_json"])
     bpe.enable_truncation(4)
     bpe.enable_padding(length=8)
@@ -140,15 +157,16 @@ def test_hf_neither_truncates_nor_pads_nor_frames(hf, tmp_path):
         f"{EOT} $A", special_tokens=[(EOT, 0)]
     )
     bpe.save(str(tmp_path / "tokenizer.json"))
-    framed = HFTokenizer(tmp_path)
-    assert framed.encode("the") == hf.encode("the") and framed.encode(TEXT) == hf.encode(TEXT)
+    framed = HFTokenizer.from_directory(tmp_path)
+    assert framed.encode("the") == hf.encode("the")
+    assert framed.encode(TEXT) == hf.encode(TEXT)
 
 
 def test_hf_directory_without_a_tokenizer(tmp_path):
     """Catches the empty tokenizer that transformers makes from a config.json alone."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="tokenizer.json"):
-        HFTokenizer(tmp_path)
+        HFTokenizer.from_directory(tmp_path)
 
 
 def test_hf_tokenizer_of_another_kind(tmp_path):
@@ -159,7 +177,59 @@ def test_hf_tokenizer_of_another_kind(tmp_path):
     words.decoder = tokenizers.decoders.WordPiece()
     words.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="byte-level"):
-        HFTokenizer(tmp_path)
+        HFTokenizer.from_directory(tmp_path)
+
+
+# Exported to Hugging Face's form
+
+TRICKY = "Hello, world!  It's 12345 o'clock\n\n\tdéjà vu 世界 🙂 \u0000 don't\r\n   "
+
+
+def export(tokenizer: Tokenizer, directory: Path) -> transformers.PreTrainedTokenizerBase:
+    """Write the tokenizer into directory and return it as transformers loads it from there."""
+    directory.mkdir(exist_ok=True)
+    write_tokenizer(directory, tokenizer, 1024)
+    save_json(directory / "config.json", {"model_type": "gpt2"})
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def test_exported_char_tokenizer(tmp_path):
+    """Catches tokens joined by spaces, lost whitespace, and ids in another order."""
+    tokenizer = CharTokenizer("".join(sorted(set(TRICKY))))
+    exported = export(tokenizer, tmp_path)
+    ids = tokenizer.encode(TRICKY)
+    assert exported(TRICKY).input_ids == ids
+    assert exported.decode(ids) == TRICKY
+    assert read_tokenizer(tmp_path).meta() == tokenizer.meta()
+
+
+def test_exported_gpt2_tokenizer(gpt2, tmp_path):
+    """Catches an id that moved, and an export that cannot be exported again."""
+    exported = export(gpt2, tmp_path / "once")
+    ids = gpt2.encode(TRICKY)
+    assert exported(TRICKY).input_ids == ids
+    assert exported.decode(ids) == TRICKY
+    assert exported.eos_token_id == gpt2.eos_id
+    export(read_tokenizer(tmp_path / "once"), tmp_path / "twice")
+    for directory in ("once", "twice"):
+        again = read_tokenizer(tmp_path / directory)
+        assert again.encode(TRICKY) == ids
+        assert again.eos_id == gpt2.eos_id
+
+
+def test_exported_gpt2_files_are_as_published(gpt2, shared, tmp_path):
+    """Catches merges that were not recovered as OpenAI published them."""
+    export(gpt2, tmp_path)
+    published_vocab = next((shared / "tiktoken_cache").glob("6c7e*"))
+    published_merges = next((shared / "tiktoken_cache").glob("6d1c*"))
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    assert vocab == json.loads(published_vocab.read_text())
+    assert merges_in(tmp_path / "merges.txt") == merges_in(published_merges)
+
+
+def merges_in(file: Path) -> list[str]:
+    """Return the lines of a merges.txt below the first, which names its version."""
+    return file.read_text(encoding="utf-8").splitlines()[1:]
 
 
 # Streams
@@ -168,26 +238,32 @@ def test_hf_tokenizer_of_another_kind(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(pushes=st.lists(st.lists(st.integers(0, 263), max_size=3), max_size=20))
 def test_stream_adds_up_to_decode(hf, pushes):
-    """Catches bytes lost, doubled or replaced at the seams, for any tokens (most are bytes, so no UTF-8)."""
+    """Catches bytes lost, doubled or replaced at the seams, for any tokens.
+
+    Most tokens are single bytes, so that most streams are not UTF-8."""
     stream = StreamDecoder(hf)
     text = "".join(stream.push(ids) for ids in pushes) + stream.finish()
     assert text == hf.decode([i for ids in pushes for i in ids])
 
 
 def test_stream_holds_back_half_characters_only(tokenizer):
-    """Catches U+FFFD shown for a character that is merely unfinished, and complete text held back."""
-    stream, shown, seen = StreamDecoder(tokenizer), "", b""
+    """Catches U+FFFD shown for an unfinished character, and complete text held back."""
+    stream = StreamDecoder(tokenizer)
+    shown = ""
+    seen = b""
     for token in tokenizer.encode(TEXT):
         shown += stream.push([token])
         seen += tokenizer.token_bytes(token)
-        assert shown == seen.decode(
-            "utf-8", errors="ignore"
-        )  # the unfinished end: TEXT has no other error
-    assert shown == TEXT and stream.finish() == ""
+        # Only an unfinished end is ignored: TEXT has no other error.
+        assert shown == seen.decode("utf-8", errors="ignore")
+    assert shown == TEXT
+    assert stream.finish() == ""
 
 
 def test_stream_flushes_an_unfinished_character(hf):
     """Catches a finish() that drops the bytes of a generation cut in the middle of a character."""
     ids = hf.encode("ok 👩")[:-1]
     stream = StreamDecoder(hf)
-    assert stream.push(ids) == "ok " and "ok " + stream.finish() == hf.decode(ids) == "ok \ufffd"
+    assert hf.decode(ids) == "ok \ufffd"
+    assert stream.push(ids) == "ok "
+    assert stream.finish() == "\ufffd"
