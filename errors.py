@@ -1,12 +1,15 @@
-"""A user's mistake, as an exception that carries what it is about."""
+"""A user's mistake, as an exception that carries what it is about, and the checks that raise it."""
+
+from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence that holds the numbers and the way out.
+    """A user's mistake, told in one sentence that holds the numbers and the way out."""
 
-    `param` names the setting, flag or request field that is wrong, where there is one."""
+    param: str | None
+    """Name of the flag, config field or request field that is wrong, where there is one."""
 
-    def __init__(self, sentence: str, param: str | None = None):
+    def __init__(self, sentence: str, param: str | None = None) -> None:
         super().__init__(sentence)
         self.param = param
 
@@ -15,3 +18,18 @@ def require(condition: bool, sentence: str, param: str | None = None) -> None:
     """Raise UserError(sentence, param) unless the condition holds."""
     if not condition:
         raise UserError(sentence, param)
+
+
+def require_at_least(config: Any, least: float, *names: str) -> None:
+    """Raise UserError unless each of those fields of the config is at least so large, or None."""
+    for name in names:
+        value = getattr(config, name)
+        enough = value is None or value >= least
+        require(enough, f"{name}={value} must be at least {least}", param=name)
+
+
+def require_fraction(config: Any, *names: str) -> None:
+    """Raise UserError unless each of those fields of the config is in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{name}={value} must be in [0, 1)", param=name)

@@ -10,13 +10,14 @@ from utils import load_model
 
 
 def main(config: ExportConfig) -> None:
-    """Write config.to; says which checkpoint went into it."""
+    """Write the directory config.to, and say which checkpoint went into it.
+
+    UserError if config.out_dir holds no model, or config.to exists."""
     model, tokenizer, step = load_model(config.out_dir)
     model.save_pretrained(config.to, tokenizer)
     print(
-        f"step {step} of {config.out_dir} is in {config.to}: AutoModelForCausalLM.from_pretrained loads it"
+        f"step {step} of {config.out_dir} is in {config.to}: "
+        "AutoModelForCausalLM.from_pretrained loads it"
     )
     if not model.config.bias:
-        print(
-            "it was trained without biases; there they are zeros: Hugging Face's GPT-2 always has them"
-        )
+        print("the model has no biases, and Hugging Face's GPT-2 always has: there they are zeros")

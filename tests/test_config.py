@@ -1,104 +1,101 @@
-"""Flags become configs, and what cannot be is one sentence and exit code 2."""
+"""What the configs of the programs say and refuse."""
 
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import json
 
 import pytest
 
 import config
 from bench import BENCHES
-from cli import parse
-from config import TRAIN_PRESETS, GPTConfig, TrainConfig
+from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, ServeConfig, TrainConfig
+from errors import UserError
+from flags import field_docstrings
+from presets import TRAIN_PRESETS
 
-ROOT = Path(__file__).parents[1]
+CONFIGS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+BENCH_CONFIGS = [config_class for config_class, _ in BENCHES.values()]
 
 
 def test_defaults_are_gpt2():
-    """Catches a default that drifts from GPT-2 124M, on which from_pretrained and the gpt2 preset rely."""
+    """Catches a default that drifts from GPT-2 124M, on which from_pretrained and the gpt2 preset
+    rely."""
     c = GPTConfig()
     assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size) == (12, 12, 768, 1024, 50257)
     assert (c.head_dim, c.padded_vocab_size, c.num_params()) == (64, 50304, 124_439_808)
 
 
-def test_flags_override_the_preset_and_nothing_else():
-    """Catches a flag that is parsed but lost, or one that resets its neighbours to the class defaults."""
-    c = parse(
-        TrainConfig,
-        TRAIN_PRESETS,
-        ["shakespeare_char_cpu", "--n_layer=2", "--bias=True", "--out_dir=elsewhere"],
-    )
-    before = TRAIN_PRESETS["shakespeare_char_cpu"]
-    assert (c.model.n_layer, c.model.bias, c.out_dir) == (2, True, Path("elsewhere"))
-    assert (c.model.n_embd, c.batch_size, c.max_iters) == (
-        before.model.n_embd,
-        before.batch_size,
-        before.max_iters,
-    )
-    assert parse(TrainConfig, TRAIN_PRESETS, ["--preset=gpt2"]) == TRAIN_PRESETS["gpt2"]
+def test_the_number_of_parameters_without_biases_and_positions():
+    """Catches a wrong count of what bias=False or embeddings=False leaves out."""
+    with_biases = GPTConfig()
+    C, L = with_biases.n_embd, with_biases.n_layer
+    without = dataclasses.replace(with_biases, bias=False)
+    biases = L * (9 * C + 2 * C) + C
+    assert with_biases.num_params() - without.num_params() == biases
+    positions = with_biases.num_params() - with_biases.num_params(embeddings=False)
+    assert positions == with_biases.block_size * C
 
 
-def test_a_boolean_flag_alone_is_true():
-    """Catches a flag that swallows the next one, or a value that is ignored."""
-    c = parse(
-        TrainConfig,
-        TRAIN_PRESETS,
-        ["gpt2", "--remat", "--eval_only", "--tensorboard", "False", "--dry_run"],
-    )
-    assert (c.model.remat, c.eval_only, c.tensorboard, c.dry_run) == (True, True, False, True)
+def test_changed_is_what_differs_from_gpt2():
+    """Catches an override of a pretrained model that is lost, or a default that overrides one."""
+    assert config.changed(GPTConfig()) == {}
+    assert config.changed(GPTConfig(bias=False, dropout=0.1)) == {"bias": False, "dropout": 0.1}
+
+
+@pytest.mark.parametrize("config_class", CONFIGS + BENCH_CONFIGS, ids=lambda c: c.__name__)
+def test_every_knob_says_what_it_is(config_class):
+    """Catches a knob that --help only names, and a class without a sentence of its own."""
+    hidden = {"preset", "train", "model", "engine"}  # not flags, but presets and parts
+    fields = {field.name for field in dataclasses.fields(config_class)} - hidden
+    assert fields <= field_docstrings(config_class).keys()
+    assert not config_class.__doc__.startswith(f"{config_class.__name__}("), "dataclass wrote it"
+
+
+@pytest.mark.parametrize("name", TRAIN_PRESETS)
+def test_presets_are_complete(name):
+    """Catches a preset that overwrites another's output, or that says nothing of itself."""
+    preset = TRAIN_PRESETS[name]
+    others = [p.config.out_dir for n, p in TRAIN_PRESETS.items() if n != name]
+    assert preset.config.out_dir not in others
+    assert "parameters" in preset.description
+    json.dumps(dataclasses.asdict(preset.config), default=str)  # train.py writes it
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "config_class, values, param, words",
     [
-        (["gpt2", "--n_leyer=3"], ["--n_leyer", "--n_layer"]),
-        (["gpt2", "--n_layer=three"], ["--n_layer", "three"]),
-        (["gpt2", "--dtype=float64"], ["float64", "bfloat16"]),
-        (["gpt2", "--vocab_size=7"], ["--vocab_size"]),
-        (["gpt2", "--n_embd=100"], ["n_embd=100", "n_head=12"]),
-        (["gpt2", "--dropout=1.5"], ["dropout=1.5"]),
-        (["gpt2", "--batch_size=0"], ["batch_size=0"]),
-        (["gpt2", "--warmup_iters=9", "--max_iters=5"], ["warmup_iters=9", "lr_decay_iters=5"]),
-        (["gpt2", "--block_size=1001"], ["block_size=1001", "loss_chunks=8"]),
-        (["gpt3"], ["gpt3", "shakespeare_char"]),
-        ([], ["preset", "shakespeare_char"]),
+        (GPTConfig, {"n_layer": 0}, "n_layer", "n_layer=0 must be at least 1"),
+        (GPTConfig, {"n_embd": 100, "n_head": 12}, "n_embd", "n_embd=100"),
+        (GPTConfig, {"dropout": 1.0}, "dropout", "dropout=1.0"),
+        (GPTConfig, {"training_attention": "cudnn"}, "training_attention", "float32"),
+        (TrainConfig, {"beta2": 1.0}, "beta2", "beta2=1.0"),
+        (TrainConfig, {"learning_rate": float("nan")}, "learning_rate", "nan"),
+        (TrainConfig, {"process_id": 1}, None, "all three, or none"),
+        (TrainConfig, {"loss_chunks": 3}, "loss_chunks", "block_size=1024"),
+        (TrainConfig, {"max_iters": 5}, "warmup_iters", "warmup_iters=2000"),
+        (SampleConfig, {}, None, "--out_dir=DIR or --init_from"),
+        (SampleConfig, {"init_from": "gpt2", "top_k": 0}, "top_k", "None for all"),
+        (SampleConfig, {"init_from": "gpt2", "top_p": 0}, "top_p", "top_p=0"),
+        (PrepareConfig, {"name": "text"}, "input", "--input FILE"),
+        (PrepareConfig, {"name": "shakespeare", "num_proc": 2}, "num_proc", "openwebtext alone"),
+        (EngineConfig, {"page_size": 1}, "page_size", "at least 2"),
+        (EngineConfig, {"kv_cache_memory": 0}, "kv_cache_memory", "at least 1"),
+        (EngineConfig, {"chunk_size": 24}, "chunk_size", "page_size=16"),
+        (ServeConfig, {"init_from": "gpt2", "port": 2**16}, "port", "65535"),
+        (ServeConfig, {"init_from": "gpt2", "max_logprobs": 21}, "max_logprobs", "0 to 20"),
+        (ServeConfig, {"init_from": "gpt2", "max_prompts": 999}, "max_prompts", "max_waiting=256"),
+        (ServeConfig, {"init_from": "gpt2", "api_key": ""}, "api_key", "must not be empty"),
     ],
 )
-def test_bad_flags_are_one_sentence(argv, words, capsys):
-    """Catches a traceback, a silent default, or an error that does not name what is wrong and the way out."""
-    with pytest.raises(SystemExit) as e:
-        parse(TrainConfig, TRAIN_PRESETS, argv)
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err.count("\n") == 1
-    assert all(word in err for word in words), err
+def test_what_cannot_be_is_refused(config_class, values, param, words):
+    """Catches a check that is lost, or that does not name the field and the numbers."""
+    with pytest.raises(UserError, match=words) as error:
+        config_class(**values)
+    assert error.value.param == param
 
 
-@pytest.mark.parametrize("command", BENCHES)
-def test_each_command_of_bench_has_flags(command, capsys):
-    """Catches two parts of one config that have a flag of the same name."""
-    with pytest.raises(SystemExit) as e:
-        parse(*BENCHES[command], ["--help"])
-    assert e.value.code == 0 and BENCHES[command][0].__doc__.split()[0] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "bench.py", "prepare.py"])
-def test_help_needs_no_jax(program):
-    """Catches a heavy import that creeps above the flags: --help must answer at once."""
-    code = (
-        f"import sys, runpy; sys.argv = [{program!r}, '--help']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: sys.stderr.write('jax' if 'jax' in sys.modules else 'light')"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0 and run.stderr == "light" and "usage" in run.stdout, run.stderr
-
-
-def test_every_knob_of_training_says_what_it_is():
-    """Catches a knob without a reason in --help (those whose name is the whole reason are listed)."""
-    plain = {"weight_decay", "beta1", "beta2", "warmup_iters", "wandb_project", "wandb_run_name"}
-    source = Path(config.__file__).read_text()
-    for name in TrainConfig.__dataclass_fields__.keys() - plain - {"model"}:
-        field = source.index(f"    {name}: ", source.index("class TrainConfig"))
-        assert source[source.index("\n", field) :].lstrip().startswith('"""'), f"{name} has no help"
+def test_processes_go_together():
+    """Catches a check of the three flags that takes process 0, or none at all, for missing."""
+    TrainConfig()
+    TrainConfig(coordinator_address="host:1", num_processes=2, process_id=0)
+    with pytest.raises(UserError, match="process_id=2"):
+        TrainConfig(coordinator_address="host:1", num_processes=2, process_id=2)

@@ -1,3 +1,5 @@
+"""A trained model as a Hugging Face directory."""
+
 import dataclasses
 import json
 
@@ -9,32 +11,53 @@ import export
 import pretrained
 from checkpoints import Checkpoints
 from config import ExportConfig, GPTConfig, TrainConfig
+from errors import UserError
 from model import GPT
 from tokenizer import CharTokenizer
 from utils import TrainState, load_model
 
+SHAPE = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, bias=False)
 
-def test_export_is_the_checkpoint(tmp_path, capsys):
-    """Catches another checkpoint than the best, and a parameter that changes on the way out or back in."""
-    model = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, bias=False)
-    config = TrainConfig(model=model, max_iters=10, warmup_iters=1)
-    state, tok = TrainState.create(config), CharTokenizer("abcd\n")
-    checkpoints = Checkpoints(tmp_path / "run")
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run with two checkpoints, of which the first is the best."""
+    directory = tmp_path / "run"
+    state = TrainState.create(TrainConfig(model=SHAPE, max_iters=10, warmup_iters=1))
+    checkpoints = Checkpoints(directory)
     for step, loss in ((1, 2.0), (2, 3.0)):
-        params = jax.tree.map(lambda a: a + step, state.params)
-        checkpoints.save(dataclasses.replace(state, step=state.step + step, params=params), loss)
+        params = jax.tree.map(lambda a, step=step: a + step, state.params)
+        at_step = dataclasses.replace(state, step=state.step + step, params=params)
+        checkpoints.save(at_step, loss)
     checkpoints.close()
-    (tmp_path / "run/config.json").write_text(json.dumps({"model": dataclasses.asdict(model)}))
-    (tmp_path / "run/meta.json").write_text(json.dumps(tok.meta()))
+    meta = CharTokenizer("abcd\n").meta()
+    (directory / "config.json").write_text(json.dumps({"model": dataclasses.asdict(SHAPE)}))
+    (directory / "meta.json").write_text(json.dumps(meta))
+    return directory
 
-    export.main(ExportConfig(out_dir=tmp_path / "run", to=tmp_path / "hf"))
+
+def without_padding(model):
+    """The parameters, without the rows of the embedding that belong to no token."""
+    params = model.params()
+    rows = params["wte"]["embedding"][: SHAPE.vocab_size]
+    return jax.tree.map(np.asarray, params | {"wte": rows})
+
+
+def test_export_is_the_checkpoint(tmp_path, run_dir, capsys):
+    """Catches another checkpoint than the best, and a parameter that changes on the way out or
+    back in."""
+    exported = tmp_path / "hf"
+    export.main(ExportConfig(out_dir=run_dir, to=exported))
     assert "step 1" in capsys.readouterr().out
-    ours, back = load_model(tmp_path / "run")[0], GPT.from_pretrained(tmp_path / "hf", bias=False)
+
+    ours, tokenizer, _ = load_model(run_dir)
+    back = GPT.from_pretrained(exported, bias=False)
     assert back.config == ours.config
-    rows = lambda params: jax.tree.map(np.asarray, params | {"wte": params["wte"]["embedding"][:5]})
-    assert all(
-        jax.tree.leaves(jax.tree.map(np.array_equal, rows(ours.params()), rows(back.params())))
-    )
-    assert pretrained.load_tokenizer(tmp_path / "hf").meta() == tok.meta()
-    with pytest.raises(ValueError, match="exists already"):
-        export.main(ExportConfig(out_dir=tmp_path / "run", to=tmp_path / "hf"))
+    jax.tree.map(np.testing.assert_array_equal, without_padding(ours), without_padding(back))
+    assert pretrained.load_tokenizer(exported).meta() == tokenizer.meta()
+
+
+def test_an_existing_directory_is_not_overwritten(tmp_path, run_dir):
+    """Catches an export that mixes its files with those of an earlier one."""
+    with pytest.raises(UserError, match="exists already"):
+        export.main(ExportConfig(out_dir=run_dir, to=tmp_path))
