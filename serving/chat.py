@@ -1,105 +1,151 @@
-"""A chat as a prompt: the Jinja templates that Hugging Face's models bring, rendered by transformers in Jinja's sandbox.
+"""A chat as a prompt: the Jinja templates of Hugging Face's models, in Jinja's sandbox.
 
-A special token in the template is that token. The same characters in what a user says are ordinary text, so that nobody can
-end his turn and speak in another's name.
+A special token that the template writes is that token. The same characters in what a user says are
+ordinary text, so that nobody can end his turn and speak in another's name. Start with
+ChatTemplate.encode.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import hf_files
 import pretrained
 from config import ServeConfig
-from errors import require
+from errors import UserError, require
 from tokenizer import Tokenizer
 
-MARK = "\ufdd0"  # a noncharacter, put before what looks like a special token in a message, and taken out again
-NAMES = {"bos_token", "eos_token"}  # by which templates call special tokens
+MARK = "\ufdd0"
+"""A noncharacter, put before what looks like a special token in a message, and taken out again."""
+
+SPECIAL_NAMES = {"bos_token", "eos_token"}
+"""By these names templates call special tokens."""
+
+MATCHES_NOTHING = "(?!)"
+"""The regular expression for the special tokens of a vocabulary that has none."""
 
 
 class ChatTemplate:
-    """Renders messages and encodes them."""
+    """Makes token ids of a chat's messages."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, names: dict[str, str]):
-        """names: what the template may call eos_token and so on. Raises ValueError if source is no Jinja template."""
-        from jinja2 import (
-            TemplateSyntaxError,  # here, as transformers takes a second, and most servers need neither
-        )
+    def __init__(self, source: str, tokenizer: Tokenizer, special_names: dict[str, str]) -> None:
+        """source: the template. special_names: the text of the special tokens that it may call by
+        name, such as {"eos_token": "<|im_end|>"}. Raises UserError if source is no Jinja."""
+        # Imported here, because transformers takes a second, and most servers have no template.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        self.source, self.tokenizer, self.names, self.render_jinja = (
-            source,
-            tokenizer,
-            names,
-            render_jinja_template,
-        )
+        self.source = source
+        self.tokenizer = tokenizer
+        self.special_names = special_names
+        self.render_jinja_template: Callable[..., Any] = render_jinja_template
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self.special = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self.special_tokens = "|".join(map(re.escape, longest_first)) or MATCHES_NOTHING
+        self._check_syntax()
+
+    def encode(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+        """Return the token ids of the prompt.
+
+        Raises UserError if the template refuses the messages or makes nothing of them, and
+        ValueError if the vocabulary lacks their characters."""
+        marked = [message | {"content": self._mark(message["content"])} for message in messages]
         try:
-            self.render([{"role": "user", "content": "Hello"}], True)
-        except TemplateSyntaxError as e:
-            raise ValueError(f"the chat template is no Jinja: line {e.lineno}: {e.message}") from e
+            text = self._render(marked, add_generation_prompt)
+        except Exception as error:  # a template may raise anything: to the client it has refused
+            raise UserError(f"the chat template does not take these messages: {error}") from error
+        token_ids = self._encode_marked(text)
+        require(len(token_ids) > 0, "the chat template makes an empty prompt of these messages")
+        return token_ids
+
+    def _check_syntax(self) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            self._render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is no Jinja: line {error.lineno}: {error.message}",
+                param="chat_template",
+            ) from error
         except Exception:
             pass  # it may want another chat than this one
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        texts, _ = self.render_jinja(
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        texts, _ = self.render_jinja_template(
             [messages],
             chat_template=self.source,
             add_generation_prompt=add_generation_prompt,
-            **self.names,
+            **self.special_names,
         )
         return texts[0]
 
-    def encode(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        """The prompt's token ids. Raises ValueError if the template refuses the messages, or the vocabulary their characters."""
-        mark = lambda text: re.sub(f"(?={self.special})", MARK, text.replace(MARK, ""))
-        try:
-            text = self.render(
-                [m | {"content": mark(m["content"])} for m in messages], add_generation_prompt
-            )
-        except Exception as e:  # whatever Python raises in a template: to the client it has refused
-            raise ValueError(f"the chat template does not take these messages: {e}") from e
-        ids = []
-        for i, piece in enumerate(
-            re.split(f"(?<!{MARK})({self.special})", text)
-        ):  # text, special token, text, ..., text
-            ids += (
-                [self.tokenizer.special_tokens[piece]]
-                if i % 2
-                else self.tokenizer.encode(piece.replace(MARK, ""))
-            )
-        return ids
+    def _mark(self, text: str) -> str:
+        """Return what a user says with a MARK before all that looks like a special token."""
+        return re.sub(f"(?={self.special_tokens})", MARK, text.replace(MARK, ""))
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Return the ids of a rendered template: special tokens where no MARK stands before."""
+        # The pieces are text, special token, text, ..., special token, text.
+        pieces = re.split(f"(?<!{MARK})({self.special_tokens})", text)
+        token_ids = []
+        for number, piece in enumerate(pieces):
+            is_special = number % 2 == 1
+            if is_special:
+                token_ids.append(self.tokenizer.special_tokens[piece])
+            else:
+                token_ids += self.tokenizer.encode(piece.replace(MARK, ""))
+        return token_ids
 
 
 def load_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template of the file config.chat_template or else of the directory config.init_from; None if neither has one."""
-    directory = (
-        Path(config.init_from)
-        if config.init_from and config.init_from not in pretrained.HUB
-        else None
-    )
-    settings = {}
-    if directory and (directory / "tokenizer_config.json").is_file():
-        settings = pretrained.load_json(directory / "tokenizer_config.json")
-    source = settings.get("chat_template")
-    if config.chat_template:
-        source = config.chat_template.read_text(encoding="utf-8")
-    elif directory and (directory / "chat_template.jinja").is_file():
-        source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    """Return the template of the file config.chat_template or else of the directory
+    config.init_from; None if neither has one.
+
+    Raises UserError if the directory has several, or one that is no Jinja."""
+    directory = model_directory(config)
+    settings = load_settings(directory)
+    source = find_source(config, directory, settings)
     if source is None:
         return None
     require(
         isinstance(source, str),
         f"{directory} has several chat templates: say which with --chat_template=FILE",
+        param="chat_template",
     )
-    names = {
-        name: text
-        for text, token in tokenizer.special_tokens.items()
-        if token == tokenizer.eos_id
-        for name in NAMES
-    }
-    for name in NAMES.intersection(settings):
-        names[name] = (
-            settings[name]["content"] if isinstance(settings[name], dict) else settings[name]
-        )
-    return ChatTemplate(source, tokenizer, names)
+    return ChatTemplate(source, tokenizer, find_special_names(settings, tokenizer))
+
+
+def model_directory(config: ServeConfig) -> Path | None:
+    """Return the Hugging Face directory that the model comes from, None if it comes from none."""
+    if config.init_from is None or config.init_from in pretrained.HUB:
+        return None
+    return Path(config.init_from)
+
+
+def load_settings(directory: Path | None) -> dict[str, Any]:
+    """Return the content of the directory's tokenizer_config.json, which it need not have."""
+    if directory is None or not (directory / "tokenizer_config.json").is_file():
+        return {}
+    return hf_files.load_json(directory / "tokenizer_config.json")
+
+
+def find_source(config: ServeConfig, directory: Path | None, settings: dict[str, Any]) -> Any:
+    """Return the template's text, None if there is none, or the list that old settings may have."""
+    if config.chat_template is not None:
+        return config.chat_template.read_text(encoding="utf-8")
+    if directory is not None and (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    return settings.get("chat_template")
+
+
+def find_special_names(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the text of bos_token and eos_token: what the settings say or, without them, the
+    tokenizer's end-of-text token for both, as GPT-2 has it."""
+    special_names = {}
+    for text, token in tokenizer.special_tokens.items():
+        if token == tokenizer.eos_id:
+            special_names = dict.fromkeys(SPECIAL_NAMES, text)
+    for name in SPECIAL_NAMES.intersection(settings):
+        value = settings[name]  # a text, or an added token with all its properties
+        special_names[name] = value["content"] if isinstance(value, dict) else value
+    return special_names

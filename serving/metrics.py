@@ -1,161 +1,160 @@
-"""What Prometheus reads at /metrics."""
+"""What Prometheus reads at /metrics, under vLLM's names, so that dashboards made for it work.
 
-from __future__ import annotations
+Metrics is told what happens, as plain numbers; EngineCollector looks at what the engine counts
+itself, each time somebody reads /metrics, so that nothing is counted twice.
+"""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from engine import Stats
-from sequence import Output
 
-if TYPE_CHECKING:
-    from serving.worker import Job
+PREFIX = "vllm:"
+
+
+class HistogramSpec(NamedTuple):
+    """One histogram: its name without the prefix, what it measures, its buckets in seconds."""
+
+    name: str
+    help: str
+    buckets: tuple[float, ...]
+
+
+TIME_TO_FIRST_TOKEN = HistogramSpec(
+    "time_to_first_token_seconds",
+    "from the request's arrival",
+    # fmt: off
+    (
+        0.001,
+        0.005,
+        0.01,
+        0.02,
+        0.04,
+        0.06,
+        0.08,
+        0.1,
+        0.25,
+        0.5,
+        0.75,
+        1,
+        2.5,
+        5,
+        7.5,
+        10,
+        20,
+        40,
+        80,
+        160,
+    ),
+    # fmt: on
+)
+INTER_TOKEN_LATENCY = HistogramSpec(
+    "inter_token_latency_seconds",
+    "between the tokens of a sample",
+    # fmt: off
+    (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10),
+    # fmt: on
+)
+REQUEST_LATENCY = HistogramSpec(
+    "e2e_request_latency_seconds",
+    "of a sample, from the request's arrival to its end",
+    # fmt: off
+    (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480),
+    # fmt: on
+)
 
 
 class Metrics:
-    """What Prometheus reads at /metrics, under vLLM's names, so that dashboards made for it work."""
+    """The histograms and the counter that the server keeps. Lives on the event loop."""
 
-    def __init__(self, model_name: str):
-        self.registry, self.labels = (
-            prometheus_client.CollectorRegistry(),
-            {"model_name": model_name},
-        )
-        self.stats: Callable[[], tuple[Stats, int] | None] = lambda: None
-        self.registry.register(self)
-
-        def histogram(name: str, text: str, *buckets: float) -> prometheus_client.Histogram:
-            return prometheus_client.Histogram(
-                f"vllm:{name}", text, list(self.labels), buckets=buckets, registry=self.registry
-            ).labels(**self.labels)
-
-        self.time_to_first_token = histogram(
-            "time_to_first_token_seconds",
-            "from the request's arrival",
-            0.001,
-            0.005,
-            0.01,
-            0.02,
-            0.04,
-            0.06,
-            0.08,
-            0.1,
-            0.25,
-            0.5,
-            0.75,
-            1,
-            2.5,
-            5,
-            7.5,
-            10,
-            20,
-            40,
-            80,
-            160,
-        )
-        self.inter_token_latency = histogram(
-            "inter_token_latency_seconds",
-            "between the tokens of a sample",
-            0.005,
-            0.01,
-            0.025,
-            0.05,
-            0.075,
-            0.1,
-            0.15,
-            0.2,
-            0.3,
-            0.4,
-            0.5,
-            0.75,
-            1,
-            2.5,
-            5,
-            10,
-        )
-        self.e2e_latency = histogram(
-            "e2e_request_latency_seconds",
-            "of a sample, from the request's arrival to its end",
-            0.1,
-            0.3,
-            0.5,
-            0.8,
-            1,
-            1.5,
-            2,
-            2.5,
-            5,
-            10,
-            15,
-            20,
-            30,
-            40,
-            50,
-            60,
-            120,
-            240,
-            480,
-        )
-        self.success = prometheus_client.Counter(
-            "vllm:request_success",
+    def __init__(self, model_name: str) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        self.labels = {"model_name": model_name}
+        self.time_to_first_token = self._histogram(TIME_TO_FIRST_TOKEN)
+        self.inter_token_latency = self._histogram(INTER_TOKEN_LATENCY)
+        self.request_latency = self._histogram(REQUEST_LATENCY)
+        self.ended = prometheus_client.Counter(
+            f"{PREFIX}request_success",
             "samples that have ended",
             [*self.labels, "finished_reason"],
             registry=self.registry,
         )
 
-    def observe(self, job: Job, prompt: int, out: Output, now: float) -> None:
-        key = prompt, out.index
-        if key in job.last_token:
-            self.inter_token_latency.observe(now - job.last_token[key])
-        else:
-            self.time_to_first_token.observe(now - job.submitted)
-        job.last_token[key] = now
-        if out.finish_reason:
-            self.e2e_latency.observe(now - job.submitted)
-            self.finished(out.finish_reason)
+    def observe_first_token(self, seconds: float) -> None:
+        """Count a sample's first token, so many seconds after its request arrived."""
+        self.time_to_first_token.observe(seconds)
 
-    def finished(self, reason: str) -> None:
-        self.success.labels(**self.labels, finished_reason=reason).inc()
+    def observe_next_token(self, seconds: float) -> None:
+        """Count a later token, so many seconds after the one before it."""
+        self.inter_token_latency.observe(seconds)
 
-    def collect(self) -> list:
-        """Prometheus calls it at each reading. What the engine counts itself is not counted twice."""
-        if not (now := self.stats()):
-            return []
-        stats, queued = now
-        families = []
+    def observe_end(self, reason: str, seconds: float) -> None:
+        """Count a sample that came to its end, so many seconds after its request arrived."""
+        self.request_latency.observe(seconds)
+        self.count_ended(reason)
 
-        def add(family: type, name: str, text: str, value: float) -> None:
-            families.append(family(f"vllm:{name}", text, labels=list(self.labels)))
-            families[-1].add_metric(list(self.labels.values()), value)
+    def count_ended(self, reason: str) -> None:
+        """Count a sample that has ended: "stop", "length", or "abort" if its client left."""
+        self.ended.labels(**self.labels, finished_reason=reason).inc()
 
-        add(GaugeMetricFamily, "num_requests_running", "sequences in the batch", stats.running)
-        add(
-            GaugeMetricFamily,
-            "num_requests_waiting",
-            "sequences in the queue",
-            stats.waiting + queued,
+    def text(self) -> bytes:
+        """Return what /metrics answers."""
+        return prometheus_client.generate_latest(self.registry)
+
+    def _histogram(self, spec: HistogramSpec) -> prometheus_client.Histogram:
+        histogram = prometheus_client.Histogram(
+            PREFIX + spec.name,
+            spec.help,
+            list(self.labels),
+            buckets=spec.buckets,
+            registry=self.registry,
         )
-        add(
-            GaugeMetricFamily,
-            "kv_cache_usage_perc",
-            "pages held; 1 is all of them",
-            stats.pages_held / stats.pages,
-        )
-        add(
-            CounterMetricFamily,
+        return histogram.labels(**self.labels)
+
+
+class EngineCollector(Collector):
+    """Reads the engine's own counts whenever Prometheus asks."""
+
+    def __init__(
+        self, read_stats: Callable[[], tuple[Stats, int] | None], labels: dict[str, str]
+    ) -> None:
+        """read_stats returns the engine's statistics and how many prompts it has not taken yet, or
+        None while there is no engine."""
+        self.read_stats = read_stats
+        self.labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counts as of now; none while the engine warms up."""
+        stats_and_queued = self.read_stats()
+        if stats_and_queued is None:
+            return
+        stats, queued = stats_and_queued
+        waiting = stats.waiting + queued
+        usage = stats.pages_held / stats.pages
+        yield self._gauge("num_requests_running", "sequences in the batch", stats.running)
+        yield self._gauge("num_requests_waiting", "sequences in the queue", waiting)
+        yield self._gauge("kv_cache_usage_perc", "pages held; 1 is all of them", usage)
+        yield self._counter(
             "prefix_cache_queries",
             "prompt tokens looked up in the prefix cache",
             stats.queried_tokens,
         )
-        add(CounterMetricFamily, "prefix_cache_hits", "prompt tokens found there", stats.hit_tokens)
-        add(
-            CounterMetricFamily,
-            "num_preemptions",
-            "sequences moved to host memory",
-            stats.preemptions,
-        )
-        add(CounterMetricFamily, "prompt_tokens", "prompt tokens computed", stats.prompt_tokens)
-        add(CounterMetricFamily, "generation_tokens", "tokens generated", stats.generation_tokens)
-        return families
+        yield self._counter("prefix_cache_hits", "prompt tokens found there", stats.hit_tokens)
+        yield self._counter("num_preemptions", "sequences moved to host memory", stats.preemptions)
+        yield self._counter("prompt_tokens", "prompt tokens computed", stats.prompt_tokens)
+        yield self._counter("generation_tokens", "tokens generated", stats.generation_tokens)
+
+    def _gauge(self, name: str, help_text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, help_text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        return family
+
+    def _counter(self, name: str, help_text: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, help_text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        return family

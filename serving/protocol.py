@@ -1,13 +1,13 @@
-"""What server.py takes and gives: OpenAI's completions and chat API as types, with vLLM's names for what OpenAI does not have.
+"""What the server takes and gives: OpenAI's completions and chat API as pydantic models.
 
-FastAPI checks requests against these and makes the OpenAPI page of them. A field that is not here is refused by its name.
+What OpenAI does not have goes by vLLM's names. FastAPI checks requests against these models and
+makes the OpenAPI page of them. A field that is not here is refused by its name.
 """
 
 import dataclasses
-import re
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
 
-from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from errors import require
@@ -17,18 +17,26 @@ TokenId = Annotated[int, Field(ge=0)]
 StopString = Annotated[str, Field(min_length=1, max_length=128)]
 TokenIdKey = Annotated[int, Strict(False), Field(ge=0)]  # JSON's keys are strings
 Logprob = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+FinishReason = Literal["stop", "length"]
+
+TOKEN_TEXT = "a token that is no whole UTF-8 reads bytes:\\xe2\\x82"
 
 
-class Form(BaseModel):
+class RequestModel(BaseModel):
+    """What a client sends: of exactly these types, and nothing else."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Form):
+class StreamOptions(RequestModel):
+    """What a stream has besides the choices."""
+
     include_usage: bool = Field(False, description="a last chunk without choices tells the usage")
 
 
-class GenerationRequest(Form):
-    """null means the default. See SamplingParams for what each field does and in which order they act."""
+class GenerationRequest(RequestModel):
+    """null means the default. See SamplingParams for what each field does and in which order they
+    act."""
 
     model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
     stream: bool | None = None
@@ -54,52 +62,72 @@ class GenerationRequest(Form):
         None, description="also give token_ids, the prompt's among them if echo"
     )
 
-    def given(self) -> dict:
-        """The fields of SamplingParams that are not left out."""
-        fields = {
-            f.name: value
-            for f in dataclasses.fields(SamplingParams)
-            if (value := getattr(self, f.name, None)) is not None
-        }
-        stop = fields.pop("stop", ())
-        fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        return fields | {"stop_token_ids": tuple(self.stop_token_ids or ())}
+    def stop_strings(self) -> tuple[str, ...]:
+        """Return the stop strings, which may be given as one or as a list."""
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop or ())
+
+    def given_params(self) -> dict[str, Any]:
+        """Return the fields of SamplingParams that are not left out, by name."""
+        given = {}
+        for field in dataclasses.fields(SamplingParams):
+            value = getattr(self, field.name, None)  # some are of the completions API only
+            if value is not None:
+                given[field.name] = value
+        given["stop"] = self.stop_strings()
+        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        return given
 
 
 class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions."""
+
     prompt: str | list[int] | list[str] | list[list[int]] = Field(description="texts or token ids")
     logprobs: Logprob | None = None
     prompt_logprobs: Logprob | None = None
     echo: bool | None = None
 
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Return one text or list of token ids per prompt; a list of numbers is one prompt."""
+        is_text = isinstance(self.prompt, str)
+        is_one = is_text or not self.prompt or isinstance(self.prompt[0], int)
+        prompts = [self.prompt] if is_one else self.prompt
+        return cast("Sequence[str | list[int]]", prompts)
+
     def sampling_params(self) -> SamplingParams:
-        """Raises ValueError where fields do not go together."""
-        given = self.given()
+        """Return what the engine is asked for. Raises UserError where fields do not go together."""
+        given = self.given_params()
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return SamplingParams(**given)
 
 
-class TextPart(Form):
+class TextPart(RequestModel):
+    """A part of a message: the only kind there is here."""
+
     type: Literal["text"]
     text: str
 
 
-class Message(Form):
+class Message(RequestModel):
+    """One turn of a chat."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] = Field(description="parts are joined by line breaks")
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates expect it."""
-        content = (
-            self.content
-            if isinstance(self.content, str)
-            else "\n".join(part.text for part in self.content)
-        )
-        return {"role": self.role, "content": content}
+    def for_template(self) -> dict[str, str]:
+        """Return the message as chat templates expect it."""
+        if isinstance(self.content, str):
+            text = self.content
+        else:
+            text = "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
 
 
 class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions."""
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0, description="another name of max_tokens")
     logprobs: bool | None = None
@@ -109,51 +137,65 @@ class ChatRequest(GenerationRequest):
     )
 
     def sampling_params(self, room: int) -> SamplingParams:
-        """room: max_tokens, if nothing else is asked for. Raises ValueError where fields do not go together."""
-        given = {"max_tokens": room} | self.given()
+        """Return what the engine is asked for; max_tokens is `room`, if the request has none.
+
+        Raises UserError where fields do not go together."""
+        given = {"max_tokens": room} | self.given_params()
         if self.max_completion_tokens is not None:
             require(
                 self.max_tokens is None,
                 f"max_completion_tokens={self.max_completion_tokens} and "
                 f"max_tokens={self.max_tokens} are one parameter: give one of them",
+                param="max_completion_tokens",
             )
             given["max_tokens"] = self.max_completion_tokens
         require(
-            self.logprobs or self.top_logprobs is None,
+            bool(self.logprobs) or self.top_logprobs is None,
             f"top_logprobs={self.top_logprobs} needs logprobs=true",
+            param="top_logprobs",
         )
         given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return SamplingParams(**given)
 
 
 class LogprobLists(BaseModel):
-    tokens: list[str] = Field(description="a token that is no whole UTF-8 reads bytes:\\xe2\\x82")
+    """The logprobs of a completion, one entry per token in each list."""
+
+    tokens: list[str] = Field(description=TOKEN_TEXT)
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int] = Field(description="characters of the text before the token")
 
 
 class PromptLogprob(BaseModel):
+    """What the model thinks of one token of the prompt, or of another in its place."""
+
     logprob: float
     decoded_token: str
 
 
 class Choice(BaseModel):
+    """One sample of a completion, or a piece of one."""
+
     index: int = Field(description="prompt i of a request has the indices i * n ... i * n + n - 1")
     text: str
     logprobs: LogprobLists | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
     token_ids: list[int] | None = None
 
 
 class Usage(BaseModel):
+    """The tokens of a request, all its prompts and samples together."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class Answer(BaseModel):
+    """What all answers have in common."""
+
     id: str
     object: str
     created: int = Field(description="seconds since 1970")
@@ -170,25 +212,35 @@ class Completion(Answer):
 
 
 class LikelyToken(BaseModel):
-    token: str = Field(description="a token that is no whole UTF-8 reads bytes:\\xe2\\x82")
+    """A token that could come at a position of a chat's answer."""
+
+    token: str = Field(description=TOKEN_TEXT)
     logprob: float
     bytes: list[int]
 
 
 class ScoredToken(LikelyToken):
+    """A token that came, and those that could have."""
+
     top_logprobs: list[LikelyToken]
 
 
 class ChatLogprobs(BaseModel):
+    """The logprobs of a chat's answer, one entry per token."""
+
     content: list[ScoredToken]
 
 
 class ChatMessage(BaseModel):
+    """The assistant's turn."""
+
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class ChatDelta(BaseModel):
+    """A piece of the assistant's turn."""
+
     role: Literal["assistant"] | None = Field(None, description="on a sample's first chunk")
     content: str
 
@@ -198,19 +250,25 @@ class ChatPart(BaseModel):
 
     index: int
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
     token_ids: list[int] | None = None
 
 
 class ChatChoice(ChatPart):
+    """One sample of a chat's answer."""
+
     message: ChatMessage
 
 
 class ChatChunkChoice(ChatPart):
+    """A piece of one sample."""
+
     delta: ChatDelta
 
 
 class ChatCompletion(Answer):
+    """A whole answer."""
+
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
 
@@ -223,6 +281,8 @@ class ChatChunk(Answer):
 
 
 class ModelCard(BaseModel):
+    """The model that is served."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -231,40 +291,56 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The one model that is served, as a list."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class TokenizeRequest(Form):
+class TokenizeRequest(RequestModel):
+    """The body of /tokenize."""
+
     model: str | None = None
     prompt: str
 
 
 class Tokens(BaseModel):
+    """The token ids of a text, and how many the model can take."""
+
     tokens: list[int]
     count: int
     max_model_len: int
 
 
-class DetokenizeRequest(Form):
+class DetokenizeRequest(RequestModel):
+    """The body of /detokenize."""
+
     model: str | None = None
     tokens: list[TokenId]
 
 
 class Text(BaseModel):
+    """The text of token ids."""
+
     prompt: str
 
 
 class Health(BaseModel):
+    """The server would serve a request now."""
+
     status: Literal["ok"] = "ok"
 
 
 class Version(BaseModel):
+    """Of the server, and of what it computes with."""
+
     version: str
     jax: str
 
 
 class Page(BaseModel):
+    """One page of the KV cache that is in use."""
+
     page: int
     holders: list[tuple[int, int]] = Field(
         description="(request, sample) of each sequence that has the page in its table"
@@ -273,6 +349,8 @@ class Page(BaseModel):
 
 
 class Pool(BaseModel):
+    """The pages of the KV cache, and who holds them."""
+
     pages: int = Field(description="in the pool; page 0 is the null page")
     page_size: int
     running: int
@@ -282,6 +360,8 @@ class Pool(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """What is wrong, and with which field of the request."""
+
     message: str
     type: str
     param: str | None = None
@@ -289,63 +369,6 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
+    """OpenAI's error form."""
+
     error: ErrorDetail
-
-
-class APIError(Exception):
-    """An answer in OpenAI's error form."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        kind = (
-            "server_error"
-            if status >= 500
-            else "rate_limit_error"
-            if status == 429
-            else "invalid_request_error"
-        )
-        self.status, self.headers = status, headers
-        # JSON may hold half a surrogate pair, which UTF-8 has no bytes for.
-        clean = lambda text: text and text.encode("utf-8", "backslashreplace").decode()[:2000]
-        self.body = Error(
-            error=ErrorDetail(message=clean(message), type=kind, param=clean(param), code=code)
-        )
-
-    def response(self) -> Response:
-        return JSONResponse(self.body.model_dump(), self.status, self.headers)
-
-
-def unavailable(message: str) -> APIError:
-    return APIError(503, message, headers={"Retry-After": "1"})
-
-
-def refused(error: ValueError) -> APIError:
-    """400. The sentences of SamplingParams and Engine.add begin with what they are about, as in top_p=2."""
-    named = re.match(r"(?:the )?(\w+)(?:=| is empty| has token)", str(error))
-    return APIError(400, str(error), param=named and named[1])
-
-
-def invalid_request(errors: list[dict]) -> APIError:
-    """400, from what pydantic has found wrong. Where several types are allowed, what came closest went deepest."""
-    nearest = max(errors, key=lambda e: len(e["loc"]))
-    is_type = lambda part: (
-        isinstance(part, str) and ("[" in part or part == "str")
-    )  # which of several was tried
-    path = [part for part in nearest["loc"][1:] if not is_type(part)]
-    name = next((part for part in path if isinstance(part, str)), None)
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(
-        "."
-    )
-    message = (
-        "there is no such parameter" if nearest["type"] == "extra_forbidden" else nearest["msg"]
-    )
-    if nearest["loc"] == ("body",):
-        message = "its body must be a JSON object, with the header Content-Type: application/json"
-    return APIError(400, f"{where or 'the request'}: {message}", param=name)

@@ -1,6 +1,7 @@
-"""Between the engine and HTTP: the thread that owns the engine, the jobs it works on, and what Prometheus reads of it.
+"""Between the engine and HTTP: the thread that owns the engine.
 
-A handler on the event loop submits a Job to the Worker and awaits what the engine brings it; nothing polls.
+A route on the event loop submits a Job to the Worker and awaits what the engine brings it; nothing
+polls. Read Worker.submit, then Worker._turn, then Worker._deliver: there and back.
 """
 
 import asyncio
@@ -10,106 +11,160 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from config import ServeConfig
 from engine import Engine, Stats
-from sequence import Output, SamplingParams
+from errors import UserError
+from sequence import Output
+from serving.api_errors import APIError, refused, unavailable
+from serving.job import Job
 from serving.metrics import Metrics
-from serving.protocol import APIError, refused, unavailable
 
 log = logging.getLogger("server")
 
+Command = Callable[[Engine], None]
+Answer = TypeVar("Answer")
 
-class Job:
-    """The prompts of one HTTP request on their way through the engine. Lives on the event loop.
 
-    Outputs wait here for their reader, at most max_tokens of them for each sample: a slow one cannot fill the memory."""
+class Worker:
+    """The thread that owns the engine, and the event loop's way to it.
+
+    The event loop leaves commands in `inbox`, which the thread carries out between two steps of the
+    engine; outputs go back by call_soon_threadsafe, once a step."""
 
     def __init__(
-        self, request_id: str, prompts: list[list[int]], params: SamplingParams, stream: bool
-    ):
-        self.request_id = request_id
-        self.prompts, self.params, self.stream = prompts, params, stream
-        self.ids: list[int] = []  # the engine's, one per prompt
-        self.unfinished = len(prompts) * params.n
-        self.outputs: list[tuple[int, Output]] = []  # with the prompt's number
-        self.changed = asyncio.Event()
-        self.error: APIError | None = None
-        self.submitted = time.perf_counter()
-        self.last_token: dict[tuple[int, int], float] = {}  # when, by prompt and sample
+        self,
+        make_engine: Callable[[], Engine],
+        config: ServeConfig,
+        metrics: Metrics,
+        on_death: Callable[[], None],
+    ) -> None:
+        """make_engine runs on the thread, and takes as long as compiling does. on_death is called
+        on the event loop when the thread has ended by an error."""
+        self.make_engine = make_engine
+        self.config = config
+        self.metrics = metrics
+        self.on_death = on_death
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def fail(self, error: APIError) -> None:
-        self.error = error
-        self.changed.set()
-
-    async def next(self) -> list[tuple[int, Output]]:
-        """What is new of a streamed job; of another, all, once it is done. The outputs of a sample are merged.
-        Raises APIError if the job has failed."""
-        while not (self.error or not self.unfinished or (self.stream and self.outputs)):
-            await self.changed.wait()
-            self.changed.clear()
-        if self.error:
-            raise self.error
-        merged: dict[tuple[int, int], Output] = {}
-        for prompt, out in self.outputs:
-            key = prompt, out.index
-            merged[key] = merged[key] + out if key in merged else out
-        self.outputs = []
-        return [(prompt, out) for (prompt, _), out in merged.items()]
-
-
-class Worker(threading.Thread):
-    """The thread that owns the engine. The event loop leaves commands in `inbox`, which are carried out between steps; outputs
-    go back by call_soon_threadsafe, once a step."""
-
-    def __init__(self, make_engine: Callable[[], Engine], config: ServeConfig, metrics: "Metrics"):
-        super().__init__(name="engine", daemon=True)
-        self.make_engine, self.config, self.metrics = make_engine, config, metrics
-        # Shared between the threads; `wake` guards inbox, queued and stats.
+        # Shared by both threads, under `wake`, which is notified when the engine has work to do.
         self.wake = threading.Condition()
-        self.inbox: list[Callable[[], None]] = []
+        self.inbox: list[Command] = []
         self.queued = 0  # prompts in the inbox, and those taken from it since the last step
         self.stats: Stats | None = None  # as of the last step; None until the engine is warm
-        self.step_began: float | None = None
         self.stopping = False
+
+        # Written by the engine's thread, read by the event loop. Each is replaced as a whole, so
+        # that a reader sees the old or the new without a lock.
+        self.step_began: float | None = None  # time.monotonic(); None between steps
         self.error: BaseException | None = None  # what ended the thread
-        # The engine thread's own.
+
+        # The engine's thread alone.
         self.engine: Engine | None = None
-        self.jobs: dict[int, tuple[Job, int]] = {}  # by the engine's id
-        # The event loop's own.
-        self.open: set[Job] = set()
-        self.idle = asyncio.Event()
+        self.jobs: dict[int, tuple[Job, int]] = {}  # the engine's id -> job, number of the prompt
+
+        # Set by start(), before the thread runs; read by both.
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+        # The event loop alone.
+        self.open_jobs: set[Job] = set()
+        self.idle = asyncio.Event()  # set while no job is open
         self.idle.set()
         self.draining = False
-        self.on_death: Callable[[], None] = lambda: None
 
     # On the event loop.
 
+    def start(self) -> None:
+        """Start the thread; outputs will come to the event loop that is running now."""
+        self.loop = asyncio.get_running_loop()
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end after its current step."""
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+
     def problem(self) -> str | None:
-        """Why the server should get no requests now, if there is a reason."""
-        began = self.step_began
+        """Return why the server should get no requests now, None if it should."""
+        step_began = self.step_began
+        limit = self.config.step_timeout
         if self.draining:
             return "the server is shutting down"
         if self.error:
             return "the engine has died"
         if self.stats is None:
             return "the model is warming up"
-        if began is not None and time.monotonic() - began > self.config.step_timeout:
-            return (
-                f"the engine's step has taken more than step_timeout={self.config.step_timeout} s"
-            )
+        if step_began is not None and time.monotonic() - step_began > limit:
+            return f"the engine's step has taken more than step_timeout={limit} s"
         return None
 
-    def check(self) -> None:
-        """Raises APIError if the server should get no requests now."""
-        if problem := self.problem():
+    def require_ready(self) -> None:
+        """Raise APIError 503 if the server should get no requests now."""
+        problem = self.problem()
+        if problem is not None:
             raise unavailable(problem)
 
-    async def submit(self, job: Job) -> None:
-        """Returns once the engine has accepted the job. Raises APIError."""
-        self.check()
+    def stats_and_queued(self) -> tuple[Stats, int] | None:
+        """Return the engine's statistics as of the last step, and how many prompts it has not taken
+        up yet; None until the engine is warm."""
         with self.wake:
-            waiting, limit = self.stats.waiting + self.queued, self.config.max_waiting
+            return None if self.stats is None else (self.stats, self.queued)
+
+    async def submit(self, job: Job) -> None:
+        """Return once the engine has accepted the job. Raises APIError if it does not.
+
+        Whoever has submitted a job must close it."""
+        self.require_ready()
+        self._enqueue(job)
+        self.open_jobs.add(job)
+        self.idle.clear()
+        try:
+            await job.changed.wait()
+        except asyncio.CancelledError:
+            self.close(job)
+            raise
+        if job.error:
+            job.unfinished = 0  # nothing of it is in the engine
+            self.close(job)
+            raise job.error
+
+    def close(self, job: Job) -> None:
+        """Note that the job needs nothing more; what still runs ends before the next step."""
+        self.open_jobs.discard(job)
+        if not self.open_jobs:
+            self.idle.set()
+        if job.unfinished:
+            self.metrics.count_ended("abort")
+            self._send_command(partial(self._cancel, job))
+
+    def fail_all(self, error: APIError) -> None:
+        """Answer everything that is open with this error."""
+        for job in list(self.open_jobs):
+            job.fail(error)
+
+    async def ask(self, question: Callable[[Engine], Answer]) -> Answer:
+        """Return question(engine), asked on the engine's thread between two steps."""
+        self.require_ready()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def settle(value: Answer) -> None:
+            if not answer.done():  # it is, if nobody waits any more
+                answer.set_result(value)
+
+        def answer_question(engine: Engine) -> None:
+            self._post(settle, question(engine))
+
+        self._send_command(answer_question)
+        return await asyncio.wait_for(answer, self.config.step_timeout)
+
+    def _enqueue(self, job: Job) -> None:
+        """Leave the job in the inbox. Raises APIError 429 if the queue has no room for it."""
+        limit = self.config.max_waiting
+        with self.wake:
+            assert self.stats is not None, "jobs come only once the engine is warm"
+            waiting = self.stats.waiting + self.queued
             if waiting + len(job.prompts) > limit:
                 raise APIError(
                     429,
@@ -118,119 +173,127 @@ class Worker(threading.Thread):
                     headers={"Retry-After": "1"},
                 )
             self.queued += len(job.prompts)
-            self.command(partial(self._add, job))
-        self.open.add(job)
-        self.idle.clear()
-        try:
-            await job.changed.wait()
-        except asyncio.CancelledError:
-            self.end(job)
-            raise
-        if job.error:
-            job.unfinished = 0  # nothing of it is in the engine
-            self.end(job)
-            raise job.error
+            self._send_command(partial(self._add, job))
 
-    def end(self, job: Job) -> None:
-        """The job needs nothing any more; if it still runs, it ends before the engine's next step."""
-        self.open.discard(job)
-        if not self.open:
-            self.idle.set()
-        if job.unfinished:
-            self.metrics.finished("abort")
-            self.command(partial(self._cancel, job))
-
-    def fail_all(self, error: APIError) -> None:
-        for job in list(self.open):
-            job.fail(error)
-
-    def command(self, run: Callable[[], None]) -> None:
+    def _send_command(self, command: Command) -> None:
         with self.wake:
-            self.inbox.append(run)
-            self.wake.notify()
-
-    async def ask(self, question: Callable[[Engine], object]) -> object:
-        """question(engine), asked between steps."""
-        self.check()
-        answer = self.loop.create_future()
-        settle = lambda value: answer.done() or answer.set_result(value)
-        self.command(lambda: self._post(settle, question(self.engine)))
-        return await asyncio.wait_for(answer, self.config.step_timeout)
-
-    def stop(self) -> None:
-        with self.wake:
-            self.stopping = True
+            self.inbox.append(command)
             self.wake.notify()
 
     def _deliver(self, now: float, outputs: list[tuple[Job, int, Output]]) -> None:
-        for job, prompt, out in outputs:
-            self.metrics.observe(job, prompt, out, now)
-            job.outputs.append((prompt, out))
-            job.unfinished -= out.finish_reason is not None
-            if job.stream or not job.unfinished:
-                job.changed.set()
+        """Hand the outputs of one step, which ended at `now`, to their jobs."""
+        for job, prompt, output in outputs:
+            self._measure(job, prompt, output, now)
+            job.put(prompt, output)
 
-    # On the engine thread.
+    def _measure(self, job: Job, prompt: int, output: Output, now: float) -> None:
+        since_arrival = now - job.arrived
+        since_previous = job.note_output(prompt, output, now)
+        if since_previous is None:
+            self.metrics.observe_first_token(since_arrival)
+        else:
+            self.metrics.observe_next_token(since_previous)
+        if output.finish_reason is not None:
+            self.metrics.observe_end(output.finish_reason, since_arrival)
 
-    def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        super().start()
-
-    def run(self) -> None:
-        try:
-            self.engine = self.make_engine()
-            self._look()
-            while not self.stopping:
-                with self.wake:
-                    self.wake.wait_for(lambda: self.inbox or self.engine.busy or self.stopping)
-                    commands, self.inbox, taken = self.inbox, [], self.queued
-                for command in commands:
-                    command()
-                self.step_began = time.monotonic()
-                outputs = self.engine.step() if self.engine.busy else []
-                self.step_began = None
-                self._look(taken)
-                if outputs:
-                    self._post(
-                        self._deliver,
-                        time.perf_counter(),
-                        [(*self.jobs[out.request_id], out) for out in outputs],
-                    )
-                for ended in {out.request_id for out in outputs} - self.engine.requests.keys():
-                    del self.jobs[ended]
-        except BaseException as e:
-            log.exception("the engine has died")
-            self.error = e
-            self._post(self._died)
-
-    def _look(self, taken: int = 0) -> None:
-        stats = self.engine.stats()
-        with self.wake:
-            self.stats = stats
-            self.queued -= taken
-
-    def _died(self) -> None:
+    def _announce_death(self) -> None:
         self.fail_all(APIError(500, "the engine has died; the server is going down"))
         self.on_death()
 
-    def _post(self, run: Callable, *args) -> None:
-        """run(*args) on the event loop."""
-        with contextlib.suppress(RuntimeError):  # it is closed: the process is ending
-            self.loop.call_soon_threadsafe(run, *args)
+    # On the engine's thread.
 
-    def _add(self, job: Job) -> None:
-        """All prompts of the job or, if one is refused, none."""
+    def holders(self) -> dict[int, str]:
+        """Return the request id of each job in the engine, by the engine's own id."""
+        return {engine_id: job.request_id for engine_id, (job, _) in self.jobs.items()}
+
+    def _run(self) -> None:
         try:
-            for i, prompt in enumerate(job.prompts):
-                job.ids.append(self.engine.add(prompt, job.params))
-                self.jobs[job.ids[-1]] = job, i
-        except ValueError as e:
-            self._cancel(job)
-            self._post(job.fail, refused(e))
+            self.engine = self._warm_up()
+            while not self.stopping:
+                self._turn(self.engine)
+        except BaseException as error:
+            self._die(error)
+
+    def _warm_up(self) -> Engine:
+        begin = time.perf_counter()
+        engine = self.make_engine()
+        self._publish_stats(engine, prompts_taken=0)
+        seconds = round(time.perf_counter() - begin, 1)
+        log.info("ready after %s s", seconds, extra={"fields": {"seconds": seconds}})
+        return engine
+
+    def _turn(self, engine: Engine) -> None:
+        """Carry out what the event loop asks for, advance the engine by a step, and report."""
+        commands, prompts_taken = self._wait_for_work(engine)
+        for command in commands:
+            command(engine)
+        self.step_began = time.monotonic()
+        outputs = engine.step() if engine.busy else []
+        self.step_began = None
+        self._publish_stats(engine, prompts_taken)
+        self._return_outputs(outputs)
+        self._forget_ended(engine, outputs)
+
+    def _wait_for_work(self, engine: Engine) -> tuple[list[Command], int]:
+        """Return the commands in the inbox, and how many prompts they bring; sleep while there is
+        neither a command nor anything in the engine."""
+        with self.wake:
+            while not (self.inbox or engine.busy or self.stopping):
+                self.wake.wait()
+            commands = self.inbox
+            self.inbox = []
+            return commands, self.queued
+
+    def _publish_stats(self, engine: Engine, prompts_taken: int) -> None:
+        """Show the event loop how the engine is. The prompts taken before the step are in its
+        statistics now, so they no longer count as queued."""
+        stats = engine.stats()
+        with self.wake:
+            self.stats = stats
+            self.queued -= prompts_taken
+
+    def _return_outputs(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
+        addressed = [(*self.jobs[output.request_id], output) for output in outputs]
+        self._post(self._deliver, time.perf_counter(), addressed)
+
+    def _forget_ended(self, engine: Engine, outputs: list[Output]) -> None:
+        for engine_id in {output.request_id for output in outputs}:
+            if engine_id not in engine.requests:
+                del self.jobs[engine_id]
+
+    def _die(self, error: BaseException) -> None:
+        """Note the error and tell the event loop, which ends the process.
+
+        A user's mistake that keeps the engine from starting is told by the program itself, in one
+        sentence; everything else is logged here with its traceback."""
+        is_mistake_at_start = self.stats is None and isinstance(error, UserError)
+        if not is_mistake_at_start:
+            log.error("the engine has died", exc_info=error)
+        self.error = error
+        self._post(self._announce_death)
+
+    def _post(self, function: Callable, *args: object) -> None:
+        """Run function(*args) on the event loop."""
+        assert self.loop is not None, "start() sets it before the thread runs"
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def _add(self, job: Job, engine: Engine) -> None:
+        """Give the engine all prompts of the job or, if one is refused, none."""
+        try:
+            for number, prompt in enumerate(job.prompts):
+                engine_id = engine.add(prompt, job.params)
+                job.engine_ids.append(engine_id)
+                self.jobs[engine_id] = (job, number)
+        except ValueError as error:
+            self._cancel(job, engine)
+            self._post(job.fail, refused(error))
         else:
             self._post(job.changed.set)
 
-    def _cancel(self, job: Job) -> None:
-        for i in job.ids:
-            self.engine.cancel(i)
-            self.jobs.pop(i, None)
+    def _cancel(self, job: Job, engine: Engine) -> None:
+        for engine_id in job.engine_ids:
+            engine.cancel(engine_id)
+            self.jobs.pop(engine_id, None)

@@ -1,4 +1,5 @@
-"""Tests of chat.py: a Hugging Face directory with special tokens, and templates as models bring them."""
+"""Tests of serving/chat.py: a Hugging Face directory with special tokens, and templates as models
+bring them."""
 
 import json
 
@@ -7,12 +8,14 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from config import ServeConfig
+from errors import UserError
 from serving.chat import MARK, ChatTemplate, load_template
 from tokenizer import CharTokenizer, HFTokenizer
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
+    "{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system comes first') }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -24,39 +27,42 @@ CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 def directory(tmp_path_factory):
     """A tokenizer with special tokens and a template."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=bpe.pre_tokenizer.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
     )
-    bpe.train_from_iterator(
-        ["assistant user system be brief"],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=300,
-            initial_alphabet=bpe.pre_tokenizer.alphabet(),
-            special_tokens=SPECIAL,
-            show_progress=False,
-        ),
-    )
+    bpe.train_from_iterator(["assistant user system be brief"], trainer)
     directory = tmp_path_factory.mktemp("hf")
     bpe.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
         "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"},
+        "chat_template": CHATML,
     }
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": CHATML})
-    )
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
 
 def template_of(directory, **flags) -> ChatTemplate | None:
-    return load_template(ServeConfig(init_from=str(directory), **flags), HFTokenizer(directory))
+    """The template that a server of this directory has."""
+    config = ServeConfig(init_from=str(directory), **flags)
+    return load_template(config, HFTokenizer.from_directory(directory))
+
+
+def user(text: str) -> list[dict[str, str]]:
+    """A chat of one message."""
+    return [{"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 def test_prompt_is_that_of_transformers(directory, add_generation_prompt):
-    """Catches: special tokens of the template taken for text, names it does not know, text that is encoded in other pieces."""
+    """Catches: special tokens of the template taken for text, names it does not know, text that is
+    encoded in other pieces."""
     peer = AutoTokenizer.from_pretrained(directory)
     expected = peer.apply_chat_template(
         CHAT, add_generation_prompt=add_generation_prompt, return_dict=False
@@ -78,42 +84,52 @@ def test_prompt_is_that_of_transformers(directory, add_generation_prompt):
 def test_messages_hold_no_special_tokens(directory, said):
     """Catches: a user who ends his turn and speaks as the system."""
     template = template_of(directory)
-    specials = lambda ids: [t for t in ids if t < len(SPECIAL)]
-    ids = template.encode([{"role": "user", "content": f"a{said}b"}], True)
-    assert specials(ids) == specials(template.encode([{"role": "user", "content": "ab"}], True))
-    assert f"a{said}b".replace(MARK, "") in template.tokenizer.decode(ids), (
-        "what was said has changed"
-    )
+    ids = template.encode(user(f"a{said}b"), True)
+    assert specials(ids) == specials(template.encode(user("ab"), True))
+    text = template.tokenizer.decode(ids)
+    assert f"a{said}b".replace(MARK, "") in text, "what was said has changed"
+
+
+def specials(ids: list[int]) -> list[int]:
+    """The special tokens among ids; they have the first ids."""
+    return [token for token in ids if token < len(SPECIAL)]
 
 
 def test_messages_take_no_special_token_from_the_template(directory):
     """Catches: a user whose last character makes text of the token that would end his turn."""
     template = template_of(directory)
-    said = lambda text: template.encode([{"role": "user", "content": text}], True)
-    assert said(f"a{MARK}") == said("a")
+    assert template.encode(user(f"a{MARK}"), True) == template.encode(user("a"), True)
 
 
 def test_where_templates_come_from(directory, tmp_path):
-    """Catches: a flag that the directory's own template overrules, a file format of one of them forgotten."""
-    text = lambda template: template.encode([{"role": "user", "content": "x"}], False)
-    ids = lambda s: HFTokenizer(directory).encode(s)
+    """Catches: a flag that the directory's own template overrules, a file format of one of them
+    forgotten."""
+    tokenizer = HFTokenizer.from_directory(directory)
     (tmp_path / "flag").write_text("flag{{ eos_token }}")
-    assert text(template_of(directory, chat_template=tmp_path / "flag")) == ids("flag") + [2]
+    template = template_of(directory, chat_template=tmp_path / "flag")
+    assert template.encode(user("x"), False) == [*tokenizer.encode("flag"), 2]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert text(template_of(tmp_path)) == ids("file")
+    assert template_of(tmp_path).encode(user("x"), False) == tokenizer.encode("file")
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").unlink()
     assert template_of(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": [{"name": "a", "template": ""}]})
-    )
-    with pytest.raises(ValueError, match="several"):
-        template_of(tmp_path)
     assert load_template(ServeConfig(out_dir=tmp_path), CharTokenizer("a")) is None
-    with pytest.raises(ValueError, match="line 2"):
+
+
+def test_templates_that_no_server_takes(directory, tmp_path):
+    """Catches: one of several templates taken at random, a syntax error that shows at the first
+    request only, an empty prompt for the engine to refuse."""
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    several = {"chat_template": [{"name": "a", "template": ""}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(several))
+    with pytest.raises(UserError, match="several"):
+        template_of(tmp_path)
+    with pytest.raises(UserError, match="line 2"):
         ChatTemplate("a\n{% if", CharTokenizer("a"), {})
+    with pytest.raises(UserError, match="empty prompt"):
+        ChatTemplate("", CharTokenizer("a"), {}).encode(CHAT, True)
 
 
 @pytest.mark.parametrize(

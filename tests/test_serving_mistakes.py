@@ -1,0 +1,207 @@
+"""Tests of what the server refuses: mistakes in bodies, malformed bytes, missing keys."""
+
+import base64
+import json
+
+import pytest
+import requests
+
+from running_server import DEADLINE, asgi
+from serving.gate import Gate
+from test_serving_answers import CHAT
+
+pytest_plugins = ["server_fixtures"]
+
+BAD = [
+    ({"prompt": "a", "best_of": 2}, "best_of"),
+    ({"prompt": "a", "n": 17}, "n"),
+    ({"prompt": "a", "top_p": 1.5}, "top_p"),
+    ({"prompt": "a", "max_tokens": "4"}, "max_tokens"),
+    ({"prompt": "a", "max_tokens": True}, "max_tokens"),
+    ({"prompt": "a", "max_tokens": 10**30}, None),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    ({}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [10**30]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": "ж"}, "prompt"),
+    ({"prompt": ["a"] * 9}, "prompt"),
+    ({"prompt": "a", "stop": ["x"] * 10_000}, "stop"),
+    ({"prompt": "a", "stop": [""]}, "stop"),
+    ({"prompt": "a", "stop": ["x" * 1000]}, "stop"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"1000": 1}}, "logit_bias"),
+    ({"prompt": "a", "seed": 2**64}, "seed"),
+    ({"prompt": "a", "stop_token_ids": [1000]}, "stop_token_ids"),
+    ({"prompt": "a", "min_tokens": 20, "max_tokens": 5}, "min_tokens"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ({"prompt": "a", "frequency_penalty": 1e300}, "frequency_penalty"),
+    ({"prompt": "a", "temperature": -1}, "temperature"),
+]
+
+
+@pytest.mark.parametrize("body, param", BAD, ids=[json.dumps(body)[:40] for body, _ in BAD])
+def test_mistakes_are_400_and_named(server, body, param):
+    """Catches: a mistake that becomes a 500, is ignored, or is answered without saying where it
+    is."""
+    response = server.post(**body)
+    error = response.json()["error"]
+    assert response.status_code == 400, response.text
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
+
+
+def user(content, **more) -> dict:
+    """A chat of one message."""
+    return {"messages": [{"role": "user", "content": content, **more}]}
+
+
+BAD_CHATS = [
+    ({"tools": []}, "tools", "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+    (user([IMAGE]), "messages", "messages[0].content[0].type"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages[0].role"),
+    (user("x", name="y"), "messages", "messages[0].name"),
+    ({"messages": [{"role": "user"}]}, "messages", "messages[0].content"),
+    ({"messages": CHAT[::-1]}, "messages", "system comes first"),
+    (user("ж"), "messages", "ж"),
+    ({"messages": []}, "messages", "messages"),
+    (user("x" * 200), None, "128"),
+    ({"messages": "x"}, "messages", "messages"),
+    ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
+    ({"logprobs": 2}, "logprobs", "boolean"),
+    ({"n": 17}, "n", "16"),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens", "one of them"),
+    ({"prompt": "x"}, "prompt", "prompt"),
+    ({"max_completion_tokens": 10_000}, None, "10000"),
+    ({"top_p": 2}, "top_p", "top_p"),
+    ({"stream_options": {}}, "stream_options", "stream"),
+]
+
+
+@pytest.mark.parametrize(
+    "body, param, says", BAD_CHATS, ids=[json.dumps(body)[:40] for body, *_ in BAD_CHATS]
+)
+def test_mistakes_in_chats_are_400_and_named(server, body, param, says):
+    """Catches: what is not supported ignored or answered by a 500, a refusal that does not say
+    where."""
+    response = server.post("/v1/chat/completions", **{"messages": CHAT} | body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+def test_errors_hold_both_numbers(server):
+    """Catches: a refusal that does not say by how much."""
+    message = server.post(prompt="a" * 100, max_tokens=100).json()["error"]["message"]
+    assert "100" in message
+    assert "128" in message
+    response = server.post(model="gpt-5", prompt="a")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+MALFORMED = {
+    "cut off": (b'{"prompt": "a"', "application/json", 400),
+    "bad UTF-8": (b'{"prompt": "\xff"}', "application/json", 400),
+    "deep": (b"[" * 50_000, "application/json", 400),
+    "NaN": (b'{"prompt": "a", "temperature": NaN}', "application/json", 400),
+    "huge number": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "application/json", 400),
+    "half a surrogate": (b'{"prompt": "\\ud800"}', "application/json", 400),
+    "its name too": (b'{"\\ud800": 1, "prompt": "a"}', "application/json", 400),
+    "empty": (b"", "application/json", 400),
+    "text": (b'{"prompt": "a"}', "text/plain", 400),
+    "10 MB": (b'"' + b"a" * 10_000_000 + b'"', "application/json", 413),
+}
+
+
+@pytest.mark.parametrize("data, content_type, status", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_bodies(server, data, content_type, status):
+    """Catches: bytes that bring a handler down; an answer that is not in the error form, or shows a
+    traceback or a path."""
+    headers = {"Content-Type": content_type}
+    url = f"{server.url}/v1/completions"
+    response = requests.post(url, data=data, headers=headers, timeout=DEADLINE)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert "Traceback" not in response.text
+    assert ".py" not in response.text
+    assert len(response.text) < 3000
+
+
+def test_request_id(server):
+    """Catches: an answer that cannot be found in the log, and a header that a client could smuggle
+    lines into the log with."""
+
+    def post(request_id: str) -> requests.Response:
+        headers = {"X-Request-Id": request_id}
+        url = f"{server.url}/v1/completions"
+        return requests.post(url, json={"prompt": "a"}, headers=headers, timeout=DEADLINE)
+
+    assert post("mine-1").headers["x-request-id"] == "mine-1"
+    assert post("mine-1").json()["id"] == "cmpl-mine-1"
+    for bad in ("a b", "x" * 65, "{}"):
+        assert post(bad).headers["x-request-id"] not in ("", bad)
+
+
+KEY = "secret-ключ"
+
+
+def basic(text: str) -> str:
+    """The header by which a browser sends user:password."""
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+GOOD_KEYS = [f"Bearer {KEY}", f"bearer {KEY}", basic(f"anyone:{KEY}")]
+BAD_KEYS = [
+    None,
+    "",
+    "Bearer",
+    "Bearer ",
+    "Bearer s",
+    "Bearer secret",
+    f"Bearer {KEY}x",
+    f"Bearer x{KEY}",
+    KEY,
+    basic(KEY),
+    basic("a:b"),
+    basic("a:"),
+    "Basic !",
+]
+GUARDED = [
+    "/v1/completions",
+    "/v1/models",
+    "/metrics",
+    "/pool",
+    "/",
+    "/openapi.json",
+    "/health/",
+    "//health",
+    "/tokenize",
+]
+
+
+def test_api_key():
+    """Catches: a route left open, a comparison that a prefix or another scheme passes."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def status(path: str, authorization: str | None) -> int:
+        headers = [] if authorization is None else [(b"authorization", authorization.encode())]
+        return asgi(Gate(app, KEY, 1000), "GET", path, headers)[0]
+
+    for path in GUARDED:
+        assert [status(path, key) for key in GOOD_KEYS] == [200] * len(GOOD_KEYS), path
+        assert [status(path, key) for key in BAD_KEYS] == [401] * len(BAD_KEYS), path
+    assert status("/health", None) == 200
