@@ -3,9 +3,13 @@
 Contenders run in processes of their own and take turns, so that a machine whose speed drifts is
 fair to all; medians count. The last line printed is one JSON object. Its `ratio` is ours over the
 best peer: above 1, ours is faster.
+
+Each command is a file of benchmarks/, which holds its flags and what it measures.
 """
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import cli
 from benchmarks.evaluation import BenchEvalConfig, bench_eval
@@ -13,24 +17,29 @@ from benchmarks.generation import BenchGenerateConfig, bench_generate
 from benchmarks.kernels import BenchKernelConfig, bench_kernel
 from benchmarks.serving import BenchServeConfig, bench_serve
 from benchmarks.training import BenchCompileConfig, BenchTrainConfig, bench_compile, bench_train
-from config import TRAIN_PRESETS
+from presets import TRAIN_PRESETS
 
-BENCHES = {
-    "train": (
-        BenchTrainConfig,
-        {name: BenchTrainConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()},
-    ),
-    "compile": (
-        BenchCompileConfig,
-        {name: BenchCompileConfig(preset=name, train=t) for name, t in TRAIN_PRESETS.items()},
-    ),
+
+def of_train_presets(config_class: type) -> dict[str, cli.Preset]:
+    """Return the presets of train.py for a bench whose field `train` holds such a config."""
+    return {
+        name: cli.Preset(preset.description, config_class(preset=name, train=preset.config))
+        for name, preset in TRAIN_PRESETS.items()
+    }
+
+
+# Command -> the class that holds its flags, and its presets if it has any.
+BENCHES: dict[str, tuple[type, dict[str, cli.Preset] | None]] = {
+    "train": (BenchTrainConfig, of_train_presets(BenchTrainConfig)),
+    "compile": (BenchCompileConfig, of_train_presets(BenchCompileConfig)),
     "generate": (BenchGenerateConfig, None),
     "kernel": (BenchKernelConfig, None),
     "serve": (BenchServeConfig, None),
     "eval": (BenchEvalConfig, None),
 }
 
-RUN = {
+# What a command runs, by the class of its flags; it returns the JSON object.
+RUN: dict[type, Callable[[Any], dict]] = {
     BenchTrainConfig: bench_train,
     BenchCompileConfig: bench_compile,
     BenchGenerateConfig: bench_generate,
@@ -41,6 +50,7 @@ RUN = {
 
 
 def main() -> None:
+    """Read the command line, run its bench and print its report."""
     config = cli.parse_command(BENCHES)
     with cli.user_errors():
         print(json.dumps(RUN[type(config)](config)))

@@ -1,27 +1,35 @@
-"""Score a model with lm-evaluation-harness: python eval_harness.py --init_from=gpt2 --tasks=hellaswag
+"""Score a model with lm-evaluation-harness:
+python eval_harness.py --init_from=gpt2 --tasks=hellaswag
 
-The harness asks for the probability of continuations of contexts. Here all requests are sorted as token
-sequences and packed into rows that are tries: a beginning that several requests share (the context of four
-endings, the examples of a few-shot task) is computed once. The model sees a trie as a cache of an unusual
-kind (Trie, below).
+The harness asks for the probability of continuations of contexts. Here all requests are sorted
+as token sequences and packed into rows that are tries: a beginning that several requests share
+(the context of four endings, the examples of a few-shot task) is computed once. The model sees a
+trie as a cache of an unusual kind (Trie, below).
+
+Read JAXNanoGPT._loglikelihood_tokens, then pack, then score.
+
+Shapes: B rows, T tokens of a row, H heads, D head_dim, C n_embd, V padded vocabulary.
 """
 
 import cli
-from config import EvalConfig
+from config import Dtype, EvalConfig
 
 if __name__ == "__main__":
     cli.run("eval_harness", EvalConfig)
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lm_eval
 import numpy as np
 from flax import nnx
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -39,150 +47,234 @@ from lm_eval.utils import (
 from tqdm import tqdm
 
 from engine import Engine
-from errors import require
+from errors import UserError, require
 from ops import einsum
 from sequence import SamplingParams
 from utils import open_model, write_atomically
+
+SHORTEST_ROW = 512  # tokens; longer rows are this times a power of two
+# As many tokens at a time as keep the device busy.
+TOKENS_ON_CPU = 1024
+TOKENS_ON_ACCELERATOR = 16384
+HEAD_CHUNKS = 8  # parts of B T places for which logits, V float32 numbers each, exist at a time
+OPEN = -1  # the end, in a Row, of a token that the next sequence may still continue
+
+# A request to be scored: its key in lm-eval's cache, if it has one, context and continuation.
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trie:
-    """Takes a cache's place in GPT.hidden where rows hold tries in depth-first order; keeps nothing."""
+    """Takes a cache's place in GPT.hidden where rows hold tries in depth-first order.
 
-    depth: jax.Array  # (B, T) int32, the position of each token in its sequence
-    visible: (
-        jax.Array
-    )  # (B, T, T) bool: [b, t, s] is whether token t sees s: whether s is on its path
-    dtype: str = dataclasses.field(metadata=dict(static=True))
+    It keeps no keys and values."""
+
+    # (B, T) int32: the position of each token in its sequence.
+    depth: jax.Array
+    # (B, T, T) bool: [b, t, s] is whether token t sees token s, that is, whether s is on its path.
+    visible: jax.Array
+    dtype: str = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def create(cls, depth: jax.Array, end: jax.Array, dtype: str) -> "Trie":
-        """depth, end (B, T) int32: the tokens that continue token s are those from s + 1 to end[s] - 1."""
+    def create(
+        cls, depth: jax.Array | np.ndarray, end: jax.Array | np.ndarray, dtype: str
+    ) -> "Trie":
+        """depth, end (B, T) int32: the tokens that continue token s are s + 1 to end[s] - 1."""
         t = jnp.arange(depth.shape[1])[:, None]
-        return cls(depth, (t >= t.T) & (t < end[:, None, :]), dtype)
+        return cls(jnp.asarray(depth), (t >= t.T) & (t < end[:, None, :]), dtype)
 
     def positions(self, T: int) -> jax.Array:
+        """Return the position of each token in its own sequence: (B, T)."""
         return self.depth
 
-    def attend(self, layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, "Trie"]:
-        """Each token attends to its path. q, k, v (B, T, H, D); returns (B, T, H, D) float32."""
-        q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # (B, H, T, D)
-        scores = jnp.where(
-            self.visible[:, None], einsum("bhtd,bhsd->bhts", q, k, self.dtype), -jnp.inf
-        )
-        return einsum("bhts,bhsd->bhtd", jax.nn.softmax(scores), v, self.dtype).swapaxes(1, 2), self
+    def attend(
+        self, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, "Trie"]:
+        """Let each token attend to its path.
+
+        q, k, v (B, T, H, D); returns (B, T, H, D) float32, and itself."""
+        q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)  # (B, H, T, D)
+        k = k.swapaxes(1, 2)
+        v = v.swapaxes(1, 2)
+        scores = einsum("bhtd,bhsd->bhts", q, k, self.dtype)
+        scores = jnp.where(self.visible[:, None], scores, -jnp.inf)
+        out = einsum("bhts,bhsd->bhtd", jax.nn.softmax(scores), v, self.dtype)
+        return out.swapaxes(1, 2), self
 
     def advance(self, T: int) -> "Trie":
+        """Return itself: nothing comes after a trie."""
         return self
 
 
-class Row:
-    """A row of T tokens that is being packed: what it holds and what is to be scored in it."""
+class Scored(NamedTuple):
+    """A token whose probability is asked for."""
 
-    def __init__(self, T: int):
-        self.T = T
-        self.tokens, self.depth, self.end = [], [], []
-        self.path = []  # indices in the row of the tokens of the last sequence
-        self.scored = []  # (request, index in the row, the token that shall follow there)
+    request: int
+    place: int  # index in the row of the token that it is to follow
+    target: int  # the token itself
+
+
+class Row:
+    """A row of a fixed number of tokens that is being packed with sequences."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.tokens: list[int] = []
+        self.depth: list[int] = []  # of each token: its position in its sequence
+        self.end: list[int] = []  # of each token: the index after the last one that continues it
+        self.path: list[int] = []  # indices in the row of the tokens of the last sequence
+        self.scored: list[Scored] = []
 
     def add(self, request: int, sequence: list[int], targets: list[int]) -> bool:
-        """Add a sequence and score the targets that follow its last tokens; False, and no change, if it is
-        too long for the row."""
-        shared = 0
-        for at, token in zip(self.path, sequence):
-            if self.tokens[at] != token:
-                break
-            shared += 1
-        if max(len(self.tokens) + len(sequence) - shared, len(self.scored) + len(targets)) > self.T:
+        """Add a sequence and score the targets that follow its last tokens.
+
+        Returns False, and changes nothing, if it is too long for the row."""
+        shared = self._shared_with_path(sequence)
+        tokens = len(self.tokens) + len(sequence) - shared
+        scored = len(self.scored) + len(targets)
+        if max(tokens, scored) > self.length:
             return False
         self.close(shared)
         for depth, token in enumerate(sequence[shared:], shared):
             self.path.append(len(self.tokens))
             self.tokens.append(token)
             self.depth.append(depth)
-            self.end.append(None)
-        self.scored += [
-            (request, at, target) for at, target in zip(self.path[-len(targets) :], targets)
-        ]
+            self.end.append(OPEN)
+        followed = self.path[-len(targets) :]
+        for place, target in zip(followed, targets, strict=True):
+            self.scored.append(Scored(request, place, target))
         return True
 
+    def _shared_with_path(self, sequence: list[int]) -> int:
+        """Return how many tokens the sequence begins with that the last one began with too."""
+        shared = 0
+        # The shorter one ends the comparison.
+        for index, token in zip(self.path, sequence, strict=False):
+            if self.tokens[index] != token:
+                break
+            shared += 1
+        return shared
+
     def close(self, depth: int = 0) -> None:
-        """No more tokens will continue those of the path below depth."""
-        for at in self.path[depth:]:
-            self.end[at] = len(self.tokens)
+        """Note that no more tokens will continue those of the path from `depth` on."""
+        for index in self.path[depth:]:
+            self.end[index] = len(self.tokens)
         del self.path[depth:]
 
 
-def pack(sequences: list[list[int]], targets: list[list[int]], T: int) -> list[Row]:
-    """Rows of T tokens with all sequences. Neighbours in sorted order share the most."""
+def pack(
+    requests: list[int], sequences: list[list[int]], targets: list[list[int]], T: int
+) -> list[Row]:
+    """Pack the sequences of these requests, which are indices, into rows of T tokens.
+
+    They go in sorted order, in which neighbours share the most."""
     rows = [Row(T)]
-    for i in sorted(range(len(sequences)), key=sequences.__getitem__):
-        if not rows[-1].add(i, sequences[i], targets[i]):
-            rows[-1].close()
-            rows.append(Row(T))
-            fits = rows[-1].add(i, sequences[i], targets[i])
-            assert fits, f"{len(sequences[i])} tokens do not fit a row of {T}"
+    for i in sorted(requests, key=sequences.__getitem__):
+        if rows[-1].add(i, sequences[i], targets[i]):
+            continue
+        rows[-1].close()
+        rows.append(Row(T))
+        fits = rows[-1].add(i, sequences[i], targets[i])
+        assert fits, f"{len(sequences[i])} tokens do not fit a row of {T}"
     rows[-1].close()
     return rows
 
 
-def arrays(rows: list[Row], B: int) -> tuple[np.ndarray, ...]:
-    """What `score` takes of rows, filled up to B: tokens, depth, end (B, T), at, targets (B T,), all int32. A
-    token that fills up a row sees only itself."""
-    T = rows[0].T
-    tokens, depth = np.zeros((2, B, T), np.int32)
-    end = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
-    at, targets = np.zeros((2, B * T), np.int32)
+class PackedRows(NamedTuple):
+    """Rows as arrays of int32, filled up to B rows of T tokens and B T scored places."""
+
+    tokens: np.ndarray  # (B, T)
+    depth: np.ndarray  # (B, T), as in Trie.create
+    end: np.ndarray  # (B, T), as in Trie.create
+    places: np.ndarray  # (B T,) indices into the B T tokens
+    targets: np.ndarray  # (B T,) tokens that are scored as what follows there
+
+
+def arrays(rows: list[Row], B: int) -> PackedRows:
+    """Return rows as arrays, with up to B - 1 empty rows. A token that fills up a row sees only
+    itself."""
+    T = rows[0].length
+    packed = PackedRows(
+        tokens=np.zeros((B, T), np.int32),
+        depth=np.zeros((B, T), np.int32),
+        end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
+        places=np.zeros(B * T, np.int32),
+        targets=np.zeros(B * T, np.int32),
+    )
+    count = 0
     for b, row in enumerate(rows):
         n = len(row.tokens)
-        tokens[b, :n], depth[b, :n], end[b, :n] = row.tokens, row.depth, row.end
-    scored = [
-        (b * T + index, target) for b, row in enumerate(rows) for _, index, target in row.scored
-    ]
-    at[: len(scored)], targets[: len(scored)] = zip(*scored)
-    return tokens, depth, end, at, targets
+        packed.tokens[b, :n] = row.tokens
+        packed.depth[b, :n] = row.depth
+        packed.end[b, :n] = row.end
+        for scored in row.scored:
+            packed.places[count] = b * T + scored.place
+            packed.targets[count] = scored.target
+            count += 1
+    return packed
 
 
 @partial(jax.jit, static_argnums=0)
-def score(graphdef, params, tokens, depth, end, at, targets, count):
-    """Log-probability (B T,) float32, and whether it is the likeliest, of each of the first `count` targets.
+def score(
+    graphdef: nnx.GraphDef, params: Any, rows: PackedRows, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability (B T,) float32 of each of the first `count` targets, and
+    whether it is the likeliest token (B T,) bool.
 
-    tokens, depth, end (B, T): tries. at, targets (B T,): indices into the B T tokens, and the tokens that
-    follow there. The head is computed for an eighth of B T places at a time, and only for those that are
+    The head is computed for a part of the places at a time, and only for those that are
     scored."""
     model = nnx.merge(graphdef, params)
-    x, _ = model.hidden(tokens, Trie.create(depth, end, model.config.dtype))
+    x, _ = model.hidden(rows.tokens, Trie.create(rows.depth, rows.end, model.config.dtype))
     x = x.reshape(-1, x.shape[-1])  # (B T, C)
-    chunk = -(-at.size // 8)
+    chunk = -(-rows.places.size // HEAD_CHUNKS)
 
     def score_chunk(i, out):
-        part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk)
-        logits = model.logits(x[part(at)][None])[0]  # (chunk, V)
-        target = jnp.take_along_axis(logits, part(targets)[:, None], axis=1)[:, 0]
-        new = target - jax.nn.logsumexp(logits, axis=1), logits.argmax(1) == part(targets)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, 0) for a, b in zip(out, new)
+        # Where the last chunk would pass the end, slice and update both begin a bit earlier.
+        places = jax.lax.dynamic_slice_in_dim(rows.places, i * chunk, chunk)
+        targets = jax.lax.dynamic_slice_in_dim(rows.targets, i * chunk, chunk)
+        logits = model.logits(x[places][None])[0]  # (chunk, V)
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        logprobs = target_logits - jax.nn.logsumexp(logits, axis=1)
+        likeliest = logits.argmax(1) == targets
+        return (
+            jax.lax.dynamic_update_slice_in_dim(out[0], logprobs, i * chunk, 0),
+            jax.lax.dynamic_update_slice_in_dim(out[1], likeliest, i * chunk, 0),
         )
 
-    empty = jnp.zeros(at.size), jnp.zeros(at.size, bool)
+    empty = jnp.zeros(rows.places.size), jnp.zeros(rows.places.size, bool)
     return jax.lax.fori_loop(0, -(-count // chunk), score_chunk, empty)
+
+
+def row_lengths(longest: int) -> list[int]:
+    """Return the lengths that rows have, ascending; the last is `longest`, the model's context.
+
+    Few lengths, so that few shapes are compiled."""
+    lengths = [min(SHORTEST_ROW, longest)]
+    while lengths[-1] < longest:
+        lengths.append(min(2 * lengths[-1], longest))
+    return lengths
 
 
 @register_model("jax-nanogpt")
 class JAXNanoGPT(TemplateLM):
-    """A GPT as lm-evaluation-harness drives it, also by name: simple_evaluate(model="jax-nanogpt", ...)."""
+    """A GPT as lm-evaluation-harness drives it, also by name:
+    simple_evaluate(model="jax-nanogpt", ...)."""
 
     def __init__(
         self,
-        out_dir: str | None = None,
+        out_dir: str | Path | None = None,
         init_from: str | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         batch_size: int | str = "auto",
     ):
+        """lm-eval passes what a user wrote as model_args: paths and numbers may be strings."""
         super().__init__()
         config = EvalConfig(
-            out_dir=out_dir, init_from=init_from, dtype=dtype, batch_size=batch_size
+            out_dir=Path(out_dir) if out_dir else None,
+            init_from=init_from,
+            dtype=dtype,
+            batch_size="auto" if batch_size == "auto" else int(batch_size),
         )
         self.model, self.text, self.name = open_model(config)
         self.max_length = self.model.config.block_size
@@ -190,153 +282,195 @@ class JAXNanoGPT(TemplateLM):
 
     @cached_property
     def engine(self) -> Engine:
+        """The engine that generates. It is made, and compiled, for the first task that asks."""
         return Engine(self.model, self.text)
 
     @property
     def eot_token_id(self) -> int | None:
+        """The end-of-text token, if the tokenizer has one."""
         return self.text.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the end of another or, if there is no such token, a
-        newline."""
-        return self.tok_encode("\n")[0] if self.eot_token_id is None else self.eot_token_id
+        """What stands before a text without context: the end of another or, if there is no such
+        token, a newline."""
+        if self.eot_token_id is None:
+            return self.tok_encode("\n")[0]
+        return self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        return self.text.encode(string)  # GPT-2 adds no special tokens
+        """Return the tokens of a string. GPT-2 adds no special tokens."""
+        return self.text.encode(string)
 
-    def rows(self, T: int) -> int:
-        """How many rows of T tokens to compute at a time. auto: as many tokens as keep the device busy."""
+    def rows_at_a_time(self, T: int) -> int:
+        """Return how many rows of T tokens to compute at a time."""
         if self.batch_size != "auto":
             return self.batch_size
-        return max(1, (1024 if jax.default_backend() == "cpu" else 16384) // T)
+        tokens = TOKENS_ON_CPU if jax.default_backend() == "cpu" else TOKENS_ON_ACCELERATOR
+        return max(1, tokens // T)
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs,
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """(log-probability, would greedy decoding give it) of each continuation; requests: (cache key,
-        context, continuation). As in lm-eval, too long a context loses its beginning."""
-        L = self.max_length
-        for _, context, continuation in requests:
-            require(
-                0 < len(continuation) <= L and len(context) > 0,
-                f"a continuation of {len(continuation)} "
-                f"tokens after {len(context)} cannot be scored with block_size={L}",
-            )
-        # The last token is only a target.
-        sequences = [(context + continuation)[-L - 1 : -1] for _, context, continuation in requests]
-        graphdef, params = nnx.split(self.model)
-        logprob, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-        bar = tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm)
-        sizes = sorted({min(L, 512 << i) for i in range(20)})
-        for low, T in zip([0] + sizes, sizes):
-            chosen = [i for i, s in enumerate(sequences) if low < len(s) <= T]
-            rows = (
-                pack([sequences[i] for i in chosen], [requests[i][2] for i in chosen], T)
-                if chosen
-                else []
-            )
-            B = min(self.rows(T), len(rows))
-            for start in range(0, len(rows), B or 1):
-                batch = rows[start : start + B]
-                owners = np.array([chosen[i] for row in batch for i, _, _ in row.scored])
-                got = score(graphdef, params, *arrays(batch, B), len(owners))
-                new, likeliest = (np.asarray(a)[: len(owners)] for a in got)
-                np.add.at(logprob, owners, new.astype(np.float64))
-                np.logical_and.at(greedy, owners, likeliest)
-                bar.update(len(set(owners)))
-        bar.close()
-        answers = [(float(p), bool(g)) for p, g in zip(logprob, greedy)]
-        for (key, _, _), answer in zip(requests, answers):
+        """Return of each continuation its log-probability, and whether greedy decoding would
+        give it. As in lm-eval, too long a context loses its beginning."""
+        sequences = [self._model_input(request) for request in requests]
+        targets = [continuation for _, _, continuation in requests]
+        logprobs = np.zeros(len(requests))
+        greedy = np.ones(len(requests), bool)
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for rows in self._pack(sequences, targets):
+                for owners, target_logprobs, likeliest in self._score_rows(rows):
+                    np.add.at(logprobs, owners, target_logprobs.astype(np.float64))
+                    np.logical_and.at(greedy, owners, likeliest)
+                    bar.update(len(set(owners)))
+        answers = list(zip(logprobs.tolist(), greedy.tolist(), strict=True))
+        for (key, _, _), answer in zip(requests, answers, strict=True):
             if key is not None:  # parts of a rolling request have none
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in lm-eval's windows, each token once."""
-        windows, owners = [], []
+    def _model_input(self, request: TokenRequest) -> list[int]:
+        """Return the tokens that the model reads to score a request: all that fit, but the last,
+        which is only a target."""
+        _, context, continuation = request
+        L = self.max_length
+        require(
+            0 < len(continuation) <= L and len(context) > 0,
+            f"a continuation of {len(continuation)} tokens after {len(context)} cannot be scored "
+            f"with block_size={L}",
+        )
+        return (context + continuation)[-L - 1 : -1]
+
+    def _pack(self, sequences: list[list[int]], targets: list[list[int]]) -> Iterator[list[Row]]:
+        """Yield the rows of each length that has any; a sequence is in the shortest it fits."""
+        shorter = 0
+        for T in row_lengths(self.max_length):
+            chosen = [i for i, s in enumerate(sequences) if shorter < len(s) <= T]
+            if chosen:
+                yield pack(chosen, sequences, targets, T)
+            shorter = T
+
+    def _score_rows(self, rows: list[Row]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield, for one batch of rows after the other, an entry for each token that is scored:
+        its request, its log-probability, and whether it is the likeliest."""
+        graphdef, params = nnx.split(self.model)
+        B = min(self.rows_at_a_time(rows[0].length), len(rows))
+        for start in range(0, len(rows), B):
+            batch = rows[start : start + B]
+            owners = np.array([scored.request for row in batch for scored in row.scored])
+            count = len(owners)
+            logprobs, likeliest = score(graphdef, params, arrays(batch, B), count)
+            yield owners, np.asarray(logprobs)[:count], np.asarray(likeliest)[:count]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-probability of whole texts in lm-eval's windows, each token once."""
+        windows: list[TokenRequest] = []
+        owners = []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
-                windows.append((None, *make_disjoint_window(pair)))
+                context, continuation = make_disjoint_window(pair)
+                windows.append((None, context, continuation))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
+        answers = self._loglikelihood_tokens(windows, disable_tqdm)
+        for i, (logprob, _) in zip(owners, answers, strict=True):
             totals[i] += logprob
-        for request, total in zip(requests, totals):
+        for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Text generated after each context up to the first of its stop strings, which is left out."""
-        prompts, params = zip(
-            *(self.generation(*request.args, seed) for seed, request in enumerate(requests))
-        )
-        outputs = self.engine.generate(prompts, list(params), progress=not disable_tqdm)
-        texts = [
-            postprocess_generated_text(output.text, p.stop, None)
-            for (output,), p in zip(outputs, params)
-        ]
-        for request, text in zip(requests, texts):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the text generated after each context up to the first of its stop strings,
+        which is left out."""
+        prompts, params = [], []
+        for seed, request in enumerate(requests):
+            context, gen_kwargs = request.args
+            params.append(self._sampling_params(gen_kwargs, seed))
+            prompts.append(self._prompt(context, params[-1].max_tokens))
+        outputs = self.engine.generate(prompts, params, progress=not disable_tqdm)
+        texts = []
+        for request, samples, how in zip(requests, outputs, params, strict=True):
+            text = postprocess_generated_text(samples[0].text, how.stop, None)
+            texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def generation(
-        self, context: str, gen_kwargs: dict, seed: int
-    ) -> tuple[list[int], SamplingParams]:
-        """What the engine is asked for. As in lm-eval, too long a context loses its beginning."""
+    def _sampling_params(self, gen_kwargs: dict, seed: int) -> SamplingParams:
+        """Return what a task's generation_kwargs ask for, with transformers' defaults."""
         kwargs = normalize_gen_kwargs(gen_kwargs, 256)
-        n, eos = kwargs.pop("max_gen_toks"), self.eot_token_id
-        stops = handle_stop_sequences(
-            kwargs.pop("until"), None if eos is None else self.text.decode([eos])
-        )
-        how = {
-            "temperature": kwargs.pop("temperature", 1.0) if kwargs.pop("do_sample") else 0.0,
-            "top_k": kwargs.pop("top_k", 50),
-            "top_p": kwargs.pop("top_p", 1.0),
-        }  # transformers' defaults
+        max_tokens = kwargs.pop("max_gen_toks")
+        end_of_text = None if self.eot_token_id is None else self.text.decode([self.eot_token_id])
+        stops = handle_stop_sequences(kwargs.pop("until"), end_of_text)
+        do_sample = kwargs.pop("do_sample")
+        temperature = kwargs.pop("temperature", 1.0)
+        top_k = kwargs.pop("top_k", 50)
+        top_p = kwargs.pop("top_p", 1.0)
         require(not kwargs, f"not implemented among the generation_kwargs: {kwargs}")
         require(
-            n < self.max_length,
-            f"max_gen_toks={n} leaves no context in block_size={self.max_length}",
+            max_tokens < self.max_length,
+            f"max_gen_toks={max_tokens} leaves no context in block_size={self.max_length}",
         )
-        prompt = self.tok_encode(context)[n - self.max_length :] or [self.prefix_token_id]
-        return prompt, SamplingParams(
-            max_tokens=n, stop=tuple(filter(None, stops)), seed=seed, **how
+        return SamplingParams(
+            max_tokens=max_tokens,
+            stop=tuple(stop for stop in stops if stop),
+            seed=seed,
+            temperature=temperature if do_sample else 0.0,
+            top_k=top_k,
+            top_p=top_p,
         )
+
+    def _prompt(self, context: str, max_tokens: int) -> list[int]:
+        """Return a context that leaves room for max_tokens. As in lm-eval, too long a one loses
+        its beginning."""
+        room = self.max_length - max_tokens
+        return self.tok_encode(context)[-room:] or [self.prefix_token_id]
 
 
 def load_tasks(names: list[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's tasks and those in include_path. Raises ValueError unless all that are named can be
-    loaded."""
+    """Return lm-eval's tasks and those in include_path.
+
+    Raises UserError unless all that are named can be loaded."""
     require(
         include_path is None or include_path.is_dir(),
         f"include_path={include_path} is no directory",
+        param="include_path",
     )
     manager = TaskManager(include_path=include_path)
     for name in names:
         require(
             name in manager.all_tasks,
-            f"there is no task {name!r}: `lm_eval ls tasks` lists those of "
-            "lm-eval; --include_path=DIR adds your own",
+            f"there is no task {name!r}: `lm_eval ls tasks` lists those of lm-eval; "
+            "--include_path=DIR adds your own",
+            param="tasks",
         )
         try:
             manager.load([name])
         except OSError as e:  # no network, or no such file or data set
-            raise ValueError(
-                f"cannot get the data of task {name}: {e}. For a local file, copy the task's YAML, give it another"
-                " name, `dataset_path: json` and `dataset_kwargs: {data_files: {validation: FILE.jsonl}}`, and pass"
-                " its directory as --include_path"
+            raise UserError(
+                f"cannot get the data of task {name}: {e}. For a local file, copy the task's "
+                "YAML, give it another name, `dataset_path: json` and `dataset_kwargs: "
+                "{data_files: {validation: FILE.jsonl}}`, and pass its directory as "
+                "--include_path",
+                param="tasks",
             ) from e
     return manager
 
 
+def write_results(path: Path, results: dict, config: EvalConfig) -> None:
+    """Write lm-eval's results, samples and all, and the config that they belong to."""
+    results["config"]["model_args"] = dataclasses.asdict(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=2, default=handle_non_serializable))
+
+
 def main(config: EvalConfig) -> None:
+    """Score the model on all tasks, write the results if asked for, and print their table."""
     names = config.tasks.split(",")
     manager = load_tasks(names, config.include_path)
     lm = JAXNanoGPT(config.out_dir, config.init_from, config.dtype, config.batch_size)
@@ -349,11 +483,7 @@ def main(config: EvalConfig) -> None:
         batch_size=config.batch_size,
     )
     if config.output_path:
-        results["config"]["model_args"] = dataclasses.asdict(config)
-        config.output_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            config.output_path, json.dumps(results, indent=2, default=handle_non_serializable)
-        )
+        write_results(config.output_path, results, config)
     print(f"{lm.name}, {config.dtype}")
     print(make_table(results))
     if results.get("groups"):

@@ -1,78 +1,113 @@
-"""DOC"""
+"""Contenders that take turns, each in a process of its own. Read `Contender`, then `take_turns`.
 
+A contender imports what it needs when it is made, not at the top of its file: so
+`python bench.py --help` loads neither JAX nor torch, and no process holds a peer's library
+beside its own.
+"""
+
+import abc
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 
 from tqdm import tqdm
 
-from errors import require
+READY = "ready"  # what a process says when its contender is made and warm
+END = None  # what a process is sent, instead of a number of units, when no turn is left
 
 
-class Contender:
-    """A process of its own that makes something ready with make(*args) -> run, and then, whenever asked, times run(n).
+class Contender(abc.ABC):
+    """One way to do the work of a bench; each class says what one unit of work is."""
 
-    run(n) does n units of work and returns when they are done; run.warm_up(), by default run(2), is not timed."""
+    def warm_up(self) -> None:
+        """Pay, outside the timed turns, what only the first work costs, such as compilation."""
+        self.run(2)
 
-    def __init__(self, make: Callable, *args):
+    @abc.abstractmethod
+    def run(self, n: int) -> None:
+        """Do n units of work; return when they are done, on the device too."""
+
+    def report(self) -> dict:
+        """Return figures of the contender's own, to stand beside its speed."""
+        return {}
+
+
+class ContenderProcess:
+    """A process in which a contender is made and, whenever asked, runs and is timed."""
+
+    def __init__(self, make_contender: Callable[..., Contender], *args):
+        """Start a process that calls make_contender(*args): a class, or a function of a module."""
+        # A fork would inherit what this process has loaded, and JAX's threads do not survive one.
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=contend, args=(theirs, make, args), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.seconds: list[float] = []
+        self._pipe, pipe_of_process = context.Pipe()
+        self._process = context.Process(
+            target=serve_turns, args=(pipe_of_process, make_contender, args), daemon=True
+        )
+        self._process.start()
+        pipe_of_process.close()
+        self.seconds: list[float] = []  # per unit of work, one entry a turn
 
-    def ready(self) -> None:
-        assert self.pipe.recv() == "ready"
+    def wait_until_ready(self) -> None:
+        """Return when the contender is made and warm."""
+        answer = self._pipe.recv()
+        assert answer == READY, f"a contender that was not ready sent {answer!r}"
 
-    def measure(self, n: int) -> None:
-        """Append the seconds per unit of work to self.seconds."""
-        self.pipe.send(n)
-        self.seconds.append(self.pipe.recv() / n)
+    def measure(self, units: int) -> None:
+        """Let the contender do `units` units of work and note the seconds per unit."""
+        self._pipe.send(units)
+        self.seconds.append(self._pipe.recv() / units)
 
     def close(self) -> dict:
-        """End the process; returns its peak memory in MiB and whatever else the platform tells."""
-        self.pipe.send(None)
-        memory = self.pipe.recv()
-        self.process.join()
-        return memory
+        """End the process; return its peak memory in MiB and the contender's own report."""
+        self._pipe.send(END)
+        report = self._pipe.recv()
+        self._process.join()
+        return report
 
     @property
     def median(self) -> float:
+        """The median over all turns of the seconds per unit of work."""
         return statistics.median(self.seconds)
 
 
-def contend(pipe, make: Callable, args: tuple) -> None:
-    run = make(*args)
-    getattr(run, "warm_up", lambda: run(2))()
-    pipe.send("ready")
-    while (n := pipe.recv()) is not None:
+def serve_turns(pipe: Connection, make_contender: Callable[..., Contender], args: tuple) -> None:
+    """Make a contender, then run and time it as often as the pipe asks. Runs in the process."""
+    contender = make_contender(*args)
+    contender.warm_up()
+    pipe.send(READY)
+    for units in iter(pipe.recv, END):
         begin = time.perf_counter()
-        run(n)
+        contender.run(units)
         pipe.send(time.perf_counter() - begin)
-    pipe.send(
-        {
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            **getattr(run, "memory", dict)(),
-        }
-    )
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pipe.send({"peak_rss_mib": peak_kib // 1024, **contender.report()})
 
 
-def take_turns(contenders: dict[str, Contender], rounds: int, units: int) -> None:
-    """`rounds` times: every contender in turn does `units` units of work."""
+def take_turns(contenders: dict[str, ContenderProcess], rounds: int, units: int) -> None:
+    """Let every contender in turn do `units` units of work, `rounds` times over."""
     for contender in contenders.values():
-        contender.ready()
+        contender.wait_until_ready()
     for _ in tqdm(range(rounds), desc="rounds", disable=None):
         for contender in contenders.values():
             contender.measure(units)
 
 
-def require_ranges(config, *names: str) -> None:
-    for name in names:
-        low, high = getattr(config, name)
-        require(
-            1 <= low <= high,
-            f"{name}={low} {high}: the first must be at least 1, the second no less than it",
-        )
+def ratio(ours: float, peers: Iterable[float]) -> dict[str, float]:
+    """Return {"ratio": seconds of the fastest peer over ours}, or {} where there is no peer.
+
+    Above 1, ours is faster."""
+    fastest = min(peers, default=None)
+    return {} if fastest is None else {"ratio": round(fastest / ours, 3)}
+
+
+def milliseconds(seconds: float) -> float:
+    """Return seconds in milliseconds, as reports show them: to two digits."""
+    return round(1e3 * seconds, 2)
+
+
+def in_words(figures: dict) -> str:
+    """Return a report's figures as one line: "key value, key value"."""
+    return ", ".join(f"{key} {value}" for key, value in figures.items())

@@ -1,97 +1,191 @@
-"""DOC"""
+"""Time of attention over pages in a decode step: start with bench_kernel.
 
-import itertools
+Shapes: as in paged_attention.py; here B rows of one new token and `context` tokens in all.
+"""
+
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 
+from benchmarks.contender import in_words
 from config import Dtype, GPTConfig
+from errors import require, require_at_least
+from flags import default_is
+
+if TYPE_CHECKING:  # loads JAX, which --help does without
+    import jax
+
+    from pallas_kernels import TritonSizes
+
+CALLS = 12  # of attention in one run, as many as GPT-2 has layers
+RUNS = 10  # timed; their median counts
 
 
 @dataclass(frozen=True)
 class BenchKernelConfig:
-    """Time of attention over pages in a decode step, one layer, for every combination of the kernel's constants."""
+    """Time of attention over pages in a decode step, one layer, for every size of the kernel."""
 
-    attention: str | None = None
-    """implementation (default: by device); only triton has splits, tiles and warps"""
+    attention: Annotated[str | None, default_is("by device")] = None
+    """implementation; only triton has splits, tiles and warps"""
     rows: tuple[int, ...] = (1, 8, 64, 256)
     """sequences in the batch, separated by spaces"""
     context: int = 600
     """tokens of each"""
     n_head: int = 12
+    """attention heads"""
     head_dim: int = 64
+    """numbers in a head's query, key or value"""
     dtype: Dtype = "bfloat16"
     """of keys and values"""
     page_sizes: tuple[int, ...] = (16, 32, 64)
+    """tokens per page"""
     splits: tuple[int, ...] = (128, 256, 512)
     """positions per program"""
     tiles: tuple[int, ...] = (32, 64, 128)
     """positions per step of a program"""
     warps: tuple[int, ...] = (2, 4, 8)
-    """per program"""
+    """warps per program"""
+
+    def __post_init__(self):
+        require_at_least(self, 1, "context", "n_head", "head_dim")
+        for name in ("rows", "page_sizes", "splits", "tiles", "warps"):
+            values = getattr(self, name)
+            are_positive = bool(values) and min(values) >= 1
+            require(are_positive, f"{name}={values} must be one or more numbers above 0", name)
+
+
+class Variant(NamedTuple):
+    """What is timed by itself."""
+
+    rows: int
+    page_size: int
+    sizes: "TritonSizes | None"  # None for an implementation that has no sizes to vary
 
 
 def bench_kernel(config: BenchKernelConfig) -> dict:
-    """Microseconds of each variant, median of ten runs of 12 calls that depend on each other, and the bytes per second at which
-    it reads its keys and values."""
-    import jax
-    import jax.numpy as jnp
+    """Time every variant, print each, and return the fastest for each number of rows."""
+    from paged_attention import choose_implementation
 
-    import paged_attention as pa
-
-    name, C = config.attention or pa.default_implementation(), config.n_head * config.head_dim
-    constants = [(pa.SPLIT, pa.TILE, pa.WARPS)]
-    if name == "triton":
-        constants = itertools.product(config.splits, config.tiles, config.warps)
+    name = choose_implementation(config.attention)
     results = []
-    for rows, P, (pa.SPLIT, pa.TILE, pa.WARPS) in itertools.product(
-        config.rows, config.page_sizes, constants
-    ):
-        pages = -(-config.context // P)
-        rng = np.random.default_rng(0)
-        tables = jnp.asarray(1 + rng.permutation(rows * pages).reshape(rows, pages), jnp.int32)
-        shape = pa.pool_shape(
-            GPTConfig(n_layer=1, n_head=config.n_head, n_embd=C), 1 + rows * pages, P, name
-        )
-        k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), config.dtype) for _ in range(2))
-        q = jnp.asarray(rng.standard_normal((rows, 1, config.n_head, config.head_dim)), jnp.float32)
-        lengths, one = jnp.full(rows, config.context - 1, jnp.int32), jnp.ones(rows, jnp.int32)
-
-        def calls(q, k, v):
-            attend = lambda _, q: pa.paged_attention(
-                q, k, v, tables, lengths, one, layer=0, scale=1.0, implementation=name
-            )
-            return jax.lax.fori_loop(0, 12, attend, q)
-
-        run, seconds = jax.jit(calls), []
-        run(q, k, v).block_until_ready()
-        for _ in range(10):
-            begin = time.perf_counter()
-            run(q, k, v).block_until_ready()
-            seconds.append((time.perf_counter() - begin) / 12)
-        each = statistics.median(seconds)
-        results.append(
-            {
-                "rows": rows,
-                "page_size": P,
-                "split": pa.SPLIT,
-                "tile": pa.TILE,
-                "warps": pa.WARPS,
-                "us": round(each * 1e6, 1),
-                "gb_per_s": round(2 * rows * config.context * C * k.itemsize / each / 1e9, 1),
-            }
-        )
-        print(", ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
-    best = {
-        rows: min((r for r in results if r["rows"] == rows), key=lambda r: r["us"])
-        for rows in config.rows
-    }
+    for variant in variants(config, name):
+        results.append(measure(config, name, variant))
+        print(in_words(results[-1]), flush=True)
     return {
         "bench": "kernel",
         "attention": name,
         "dtype": config.dtype,
         "context": config.context,
-        "best": best,
+        "best": {rows: fastest(results, rows) for rows in config.rows},
     }
+
+
+def variants(config: BenchKernelConfig, name: str) -> Iterator[Variant]:
+    """Yield every combination of what the config lists."""
+    choices = triton_sizes(config) if name == "triton" else [None]
+    for rows in config.rows:
+        for page_size in config.page_sizes:
+            for sizes in choices:
+                yield Variant(rows, page_size, sizes)
+
+
+def triton_sizes(config: BenchKernelConfig) -> "list[TritonSizes]":
+    """Return every combination of the sizes of the Triton kernel."""
+    from pallas_kernels import TritonSizes
+
+    return [
+        TritonSizes(split, tile, warps)
+        for split in config.splits
+        for tile in config.tiles
+        for warps in config.warps
+    ]
+
+
+def measure(config: BenchKernelConfig, name: str, variant: Variant) -> dict:
+    """Return a variant's microseconds per call, and the GB/s at which it reads keys and values."""
+    arguments = random_arguments(config, name, variant)
+    seconds = seconds_per_call(name, variant.sizes, arguments)
+    numbers_read = 2 * variant.rows * config.context * config.n_head * config.head_dim
+    bytes_read = numbers_read * arguments[1].itemsize
+    sizes = {}
+    if variant.sizes is not None:
+        sizes = {
+            "split": variant.sizes.split,
+            "tile": variant.sizes.tile,
+            "warps": variant.sizes.warps,
+        }
+    return {
+        "rows": variant.rows,
+        "page_size": variant.page_size,
+        **sizes,
+        "us": round(seconds * 1e6, 1),
+        "gb_per_s": round(bytes_read / seconds / 1e9, 1),
+    }
+
+
+def random_arguments(config: BenchKernelConfig, name: str, variant: Variant) -> "list[jax.Array]":
+    """Return q, k_pages, v_pages, block_tables, context_lens and new_lens of one decode step.
+
+    The pages of a row lie anywhere in the pool, which has the layout of implementation `name`."""
+    import jax.numpy as jnp
+
+    from paged_attention import pool_dtype, pool_shape, to_dtype
+
+    rng = np.random.default_rng(0)
+    B = variant.rows
+    pages_per_row = -(-config.context // variant.page_size)
+    pages = 1 + B * pages_per_row  # page 0 is the null page
+    model = GPTConfig(n_layer=1, n_head=config.n_head, n_embd=config.n_head * config.head_dim)
+    shape = pool_shape(model, pages, variant.page_size, name)
+    block_tables = 1 + rng.permutation(pages - 1).reshape(B, pages_per_row)
+    pools = [
+        to_dtype(jnp.asarray(rng.standard_normal(shape, np.float32)), pool_dtype(config.dtype))
+        for _ in ("keys", "values")
+    ]
+    q = rng.standard_normal((B, 1, config.n_head, config.head_dim), np.float32)
+    return [
+        jnp.asarray(q),
+        *pools,
+        jnp.asarray(block_tables, jnp.int32),
+        jnp.full(B, config.context - 1, jnp.int32),
+        jnp.ones(B, jnp.int32),
+    ]
+
+
+def seconds_per_call(name: str, sizes: "TritonSizes | None", arguments: "list[jax.Array]") -> float:
+    """Return the median over RUNS of the seconds of one call of attention.
+
+    A run is CALLS calls; each takes the result of the one before as its queries, so that none can
+    be left out or run beside another."""
+    import jax
+    import jax.numpy as jnp
+
+    from paged_attention import IMPLEMENTATIONS
+
+    options = {} if sizes is None else {"sizes": sizes}
+
+    attend = partial(IMPLEMENTATIONS[name], layer=jnp.int32(0), scale=1.0, **options)
+
+    @jax.jit
+    def run(q: jax.Array, *rest: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, CALLS, lambda _, q: attend(q, *rest), q)
+
+    run(*arguments).block_until_ready()  # compiles
+    seconds = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        run(*arguments).block_until_ready()
+        seconds.append((time.perf_counter() - begin) / CALLS)
+    return statistics.median(seconds)
+
+
+def fastest(results: list[dict], rows: int) -> dict:
+    """Return the result with the fewest microseconds of those for `rows` rows."""
+    return min(
+        (result for result in results if result["rows"] == rows), key=lambda result: result["us"]
+    )

@@ -19,12 +19,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import eval_harness
-import pretrained
+import hf_files
 from config import EvalConfig
-from eval_harness import JAXNanoGPT, Trie, arrays, pack
+from errors import UserError
+from eval_harness import JAXNanoGPT, Trie, arrays, pack, row_lengths
 
 EOT = "<|endoftext|>"
-TEXT = "the naive approach is the naive one, and the other approach is the other one; so the world goes on. "
+TEXT = (
+    "the naive approach is the naive one, and the other approach is the other one; "
+    "so the world goes on. "
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def directory(tmp_path_factory) -> Path:
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(path)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
-    pretrained.save_json(
+    hf_files.save_json(
         path / "tokenizer_config.json",
         {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 40, **special},
     )
@@ -63,28 +67,30 @@ def ours(directory):
 
 @pytest.fixture(scope="module")
 def theirs(directory):
-    # Without logits_cache: lm-eval 0.4.13 takes a shared logit from the wrong place where "a b" + "c" meets
-    # "a" + "b c".
+    # Without logits_cache: lm-eval 0.4.13 takes a shared logit from the wrong place where
+    # "a b" + "c" meets "a" + "b c".
     return HFLM(
         pretrained=str(directory), device="cpu", batch_size=4, dtype="float32", logits_cache=False
     )
 
 
 def ask(method, args: list[tuple]) -> list:
-    """What a model's method says to requests with these arguments."""
-    return method(
-        [Instance(method.__name__, {}, a, i) for i, a in enumerate(args)], disable_tqdm=True
-    )
+    """Return what a model's method answers to requests with these arguments."""
+    requests = [Instance(method.__name__, {}, a, i) for i, a in enumerate(args)]
+    return method(requests, disable_tqdm=True)
 
 
-def assert_same(got: list[tuple[float, bool]], want: list[tuple[float, bool]]) -> None:
-    assert [g for _, g in got] == [w for _, w in want]
-    np.testing.assert_allclose([g for g, _ in got], [w for w, _ in want], rtol=1e-5, atol=1e-4)
+def assert_same(actual: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    """Compare answers: greedy exactly, log-probabilities nearly."""
+    actual_logprobs, actual_greedy = zip(*actual, strict=True)
+    expected_logprobs, expected_greedy = zip(*expected, strict=True)
+    assert actual_greedy == expected_greedy
+    np.testing.assert_allclose(actual_logprobs, expected_logprobs, rtol=1e-5, atol=1e-4)
 
 
 def test_loglikelihood_equals_hf(ours, theirs):
-    """Catches a token that is off by one at a context's end, a context that loses the wrong end, and branches
-    of a trie that see each other."""
+    """Catches a token that is off by one at a context's end, a context that loses the wrong end,
+    and branches of a trie that see each other."""
     words = TEXT.split()
     args = [
         ("the naive", " approach"),
@@ -105,8 +111,8 @@ def test_loglikelihood_equals_hf(ours, theirs):
 
 
 def test_likeliest_and_longest_continuations(ours, theirs):
-    """Catches is_greedy of one token instead of all, a limit of block_size that is off by one, and a
-    continuation that is cut without a word."""
+    """Catches is_greedy of one token instead of all, a limit of block_size that is off by one,
+    and a continuation that is cut without a word."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 280, 60).tolist()
     context, other = tokens[:5], [7]
@@ -119,54 +125,73 @@ def test_likeliest_and_longest_continuations(ours, theirs):
         (None, context, likely[1][5:]),
     ]
     pairs += [(None, other, [token]) for token in range(100)]  # more targets than places in a row
-    want = theirs._loglikelihood_tokens(pairs, True)
-    assert [greedy for _, greedy in want[:5]] == [False, False, True, False, False]
-    assert_same(ours._loglikelihood_tokens(pairs, True), want)
+    expected = theirs._loglikelihood_tokens(pairs, True)
+    assert [greedy for _, greedy in expected[:5]] == [False, False, True, False, False]
+    assert_same(ours._loglikelihood_tokens(pairs, True), expected)
     for bad in ((None, tokens[:1], tokens[1:42]), (None, tokens[:1], []), (None, [], tokens[:1])):
-        with pytest.raises(ValueError, match="block_size=40"):
+        with pytest.raises(UserError, match="block_size=40"):
             ours._loglikelihood_tokens([bad], True)
 
 
 def test_rolling_equals_hf(ours, theirs):
-    """Catches a window that scores a token twice or never, at lengths around multiples of block_size."""
-    one = ours.text.encode(TEXT * 4)
-    texts = [ours.text.decode(one[:n]) for n in (1, 2, 39, 40, 41, 79, 80, 81)] + [""]
-    args = [(text,) for text in texts]
-    got, want = ask(ours.loglikelihood_rolling, args), ask(theirs.loglikelihood_rolling, args)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    """Catches a window that scores a token twice or never, at lengths around multiples of
+    block_size."""
+    tokens = ours.text.encode(TEXT * 4)
+    texts = [ours.text.decode(tokens[:n]) for n in (1, 2, 39, 40, 41, 79, 80, 81)]
+    args = [(text,) for text in [*texts, ""]]
+    actual = ask(ours.loglikelihood_rolling, args)
+    expected = ask(theirs.loglikelihood_rolling, args)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_generation_equals_hf(ours, theirs):
-    """Catches a stop string that is kept or found in the context, a context that leaves no room, and results
-    out of order."""
-    plain = ask(theirs.generate_until, [("the naive", {"until": [], "max_gen_toks": 20})])[0]
+    """Catches a stop string that is kept or found in the context, a context that leaves no room,
+    and results out of order."""
+    [plain] = ask(theirs.generate_until, [("the naive", {"until": [], "max_gen_toks": 20})])
     stop = plain[6:9]  # occurs in what is generated
     args = [
         (context, {"until": until, "max_gen_toks": n})
         for until, n in ((["zzz"], 9), ([stop, "zzz"], 20), (stop, 20))
         for context in ("the naive", "so", TEXT, TEXT * 2, "one,")
     ]
-    got = ask(ours.generate_until, args)
-    assert got == ask(theirs.generate_until, args)
-    assert plain.startswith(got[5]) and stop not in got[5] and len(got[5]) < len(plain)
-    for wrong, word in (
+    texts = ask(ours.generate_until, args)
+    assert texts == ask(theirs.generate_until, args)
+    stopped = texts[5]
+    assert plain.startswith(stopped) and len(stopped) < len(plain)
+    assert stop not in stopped
+
+
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False}, {"temperature": 0.0}, {"do_sample": False, "temperature": 0.0}]
+)
+def test_greedy_however_it_is_asked_for(ours, how):
+    """Catches a temperature that is taken for an option nobody knows where nothing is sampled:
+    many tasks of lm-eval give both."""
+    short = {"max_gen_toks": 4}
+    greedy = ask(ours.generate_until, [("the naive", short)])
+    assert ask(ours.generate_until, [("the naive", short | how)]) == greedy
+
+
+def test_generation_that_cannot_be_had(ours):
+    """Catches options of a task that are ignored, and a context that is lost whole."""
+    for kwargs, word in (
         ({"max_gen_toks": 40}, "block_size=40"),
         ({"num_beams": 4, "max_gen_toks": 4}, "num_beams"),
     ):
-        with pytest.raises(ValueError, match=word):
-            ask(ours.generate_until, [("so", wrong)])
+        with pytest.raises(UserError, match=word):
+            ask(ours.generate_until, [("so", kwargs)])
 
 
 def test_sampling_follows_the_seed_and_the_temperature(ours):
-    """Catches do_sample that is ignored, and repeats of one request that all give the same sample."""
-    how = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
-    args = [("the naive", how)] * 10
+    """Catches do_sample that is ignored, and repeats of one request that all give the same
+    sample."""
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    args = [("the naive", sampled)] * 10
     texts = ask(ours.generate_until, args)
-    assert len(set(texts)) == 10 and texts == ask(ours.generate_until, args)
-    cold = [("the naive", how | {"temperature": 1e-4})]
-    assert ask(ours.generate_until, cold) == ask(
-        ours.generate_until, [("the naive", {"max_gen_toks": 12})]
-    )
+    assert len(set(texts)) == 10
+    assert texts == ask(ours.generate_until, args)
+    cold = ask(ours.generate_until, [("the naive", sampled | {"temperature": 1e-4})])
+    assert cold == ask(ours.generate_until, [("the naive", {"max_gen_toks": 12})])
 
 
 def test_a_request_does_not_depend_on_its_neighbours(ours, directory):
@@ -188,44 +213,84 @@ def test_a_request_does_not_depend_on_its_neighbours(ours, directory):
 )
 @settings(max_examples=100, deadline=None)
 def test_tries_hold_every_sequence(sequences, data):
-    """Catches a branch that sees its sibling, a token at the wrong depth, a target that is lost; and nothing
-    is computed twice in a row."""
+    """Catches a branch that sees its sibling, a token at the wrong depth, a target that is lost,
+    and a token that is computed twice in a row."""
     T, B = 12, 2
     targets = [
         data.draw(st.lists(st.integers(3, 9), min_size=1, max_size=len(s))) for s in sequences
     ]
-    rows = pack(sequences, targets, T)
+    rows = pack(list(range(len(sequences))), sequences, targets, T)
     seen = []
     for start in range(0, len(rows), B):
         batch = rows[start : start + B]
-        tokens, depth, end, at, expected = arrays(batch, B)
-        visible = np.asarray(Trie.create(jnp.array(depth), jnp.array(end), "float32").visible)
+        packed = arrays(batch, B)
+        trie = Trie.create(jnp.array(packed.depth), jnp.array(packed.end), "float32")
+        visible = np.asarray(trie.visible)
         assert visible.any(-1).all()
-        owners = [i for row in batch for i, _, _ in row.scored]
-        for i, where, target in zip(owners, at, expected):
-            b, t = divmod(where, T)
+        owners = [scored.request for row in batch for scored in row.scored]
+        for i, place, target in zip(owners, packed.places, packed.targets, strict=False):
+            b, t = divmod(place, T)
             path = np.flatnonzero(visible[b, t])
-            assert depth[b][path].tolist() == list(range(len(path)))
-            seen.append((i, tokens[b][path].tolist(), target))
+            assert packed.depth[b][path].tolist() == list(range(len(path)))
+            seen.append((i, packed.tokens[b][path].tolist(), target))
         for b, row in enumerate(batch):
-            paths = [
-                tuple(tokens[b][np.flatnonzero(visible[b, t])]) for t in range(len(row.tokens))
-            ]
-            assert len(set(paths)) == len(paths)
-    expected = [
-        (i, s[: len(s) - len(g) + 1 + j], target)
-        for i, (s, g) in enumerate(zip(sequences, targets))
-        for j, target in enumerate(g)
-    ]
-    assert sorted(seen) == sorted(expected)
+            paths = [np.flatnonzero(visible[b, t]) for t in range(len(row.tokens))]
+            beginnings = {tuple(packed.tokens[b][path]) for path in paths}
+            assert len(beginnings) == len(paths)
+    assert sorted(seen) == sorted(every_target(sequences, targets))
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    """A directory with a task of each kind on local data."""
-    path = tmp_path_factory.mktemp("tasks")
+def every_target(sequences: list[list[int]], targets: list[list[int]]) -> list[tuple]:
+    """Return (request, the tokens before a target, the target) of all that is to be scored."""
+    expected = []
+    for i, (sequence, own) in enumerate(zip(sequences, targets, strict=True)):
+        first = len(sequence) - len(own) + 1  # tokens before the first target
+        expected += [(i, sequence[: first + j], target) for j, target in enumerate(own)]
+    return expected
+
+
+@pytest.mark.parametrize(
+    "longest, lengths",
+    [(40, [40]), (512, [512]), (600, [512, 600]), (2048, [512, 1024, 2048])],
+)
+def test_row_lengths(longest, lengths):
+    """Catches a context length that no row has, or a row longer than the context."""
+    assert row_lengths(longest) == lengths
+
+
+def metrics(*names: str) -> list[dict]:
+    """Return what a task's YAML says of metrics that are means."""
+    return [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names]
+
+
+KINDS: dict[str, dict] = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_target": "{{gold}}",
+        "doc_to_choice": "choices",
+        "metric_list": metrics("acc", "acc_norm"),
+    },
+    "perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "generation": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "metric_list": metrics("exact_match"),
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+    },
+}
+
+
+def documents() -> list[dict]:
+    """Return the items of the local tasks."""
     words = TEXT.split()
-    docs = [
+    return [
         {
             "question": " ".join(words[i : i + 4]),
             "choices": [words[i + 4], words[i] + " one", "so on"],
@@ -234,48 +299,35 @@ def tasks(tmp_path_factory) -> Path:
         }
         for i in range(12)
     ]
-    (path / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A directory with a task of each kind on local data."""
+    path = tmp_path_factory.mktemp("tasks")
+    data = path / "docs.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents()))
     common = {
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(path / "docs.jsonl")}},
+        "dataset_kwargs": {"data_files": {"validation": str(data)}},
         "validation_split": "validation",
         "fewshot_split": "validation",
         "metadata": {"version": 1.0},
     }
-    metric = lambda *names: [
-        {"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names
-    ]
-    kinds = {
-        "choice": {
-            "output_type": "multiple_choice",
-            "doc_to_text": "Q: {{question}}\nA:",
-            "doc_to_target": "{{gold}}",
-            "doc_to_choice": "choices",
-            "metric_list": metric("acc", "acc_norm"),
-        },
-        "perplexity": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-        },
-        "generation": {
-            "output_type": "generate_until",
-            "doc_to_text": "{{question}}",
-            "doc_to_target": "{{choices[0]}}",
-            "metric_list": metric("exact_match"),
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
-        },
-    }
-    for name, kind in kinds.items():
-        (path / f"{name}.yaml").write_text(
-            yaml.safe_dump({"task": f"local_{name}", **common, **kind})
-        )
+    for name, kind in KINDS.items():
+        task = {"task": f"local_{name}", **common, **kind}
+        (path / f"{name}.yaml").write_text(yaml.safe_dump(task))
     return path
 
 
+def answers(results: dict, task: str) -> list:
+    """Return a model's answers to each item of a task."""
+    return [sample["filtered_resps"] for sample in results["samples"][task]]
+
+
 def test_the_harness_drives_it_by_name_and_agrees_with_hf(directory, tasks):
-    """Catches an adapter that only our own program can call, and any difference in a task's samples."""
+    """Catches an adapter that only our own program can call, and any difference in a task's
+    samples."""
     names = ["local_choice", "local_perplexity", "local_generation"]
 
     def run(model: str, args: str, **more) -> dict:
@@ -284,21 +336,18 @@ def test_the_harness_drives_it_by_name_and_agrees_with_hf(directory, tasks):
             model, args, names, num_fewshot=1, task_manager=manager, bootstrap_iters=0, **more
         )
 
-    got = run("jax-nanogpt", f"init_from={directory}")
-    want = run("hf", f"pretrained={directory},dtype=float32", device="cpu", batch_size=4)
+    ours = run("jax-nanogpt", f"init_from={directory}")
+    theirs = run("hf", f"pretrained={directory},dtype=float32", device="cpu", batch_size=4)
     for name in names:
-        for metric, value in want["results"][name].items():
-            close = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
-            assert got["results"][name][metric] == close
-        answers, theirs = (
-            [sample["filtered_resps"] for sample in r["samples"][name]] for r in (got, want)
-        )
+        for metric, value in theirs["results"][name].items():
+            expected = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert ours["results"][name][metric] == expected
+        actual, expected = answers(ours, name), answers(theirs, name)
         if name == "local_generation":
-            assert answers == theirs
+            assert actual == expected
         else:
-            np.testing.assert_allclose(
-                np.array(answers, float), np.array(theirs, float), rtol=1e-5, atol=1e-4
-            )
+            actual, expected = np.array(actual, float), np.array(expected, float)
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_program(directory, tasks, tmp_path, capsys, monkeypatch):
@@ -315,24 +364,21 @@ def test_program(directory, tasks, tmp_path, capsys, monkeypatch):
         )
     )
     results = json.loads(out.read_text())
-    assert (
-        len(results["samples"]["local_choice"]) == 5
-        and results["config"]["model_args"]["limit"] == 5
-    )
+    assert len(results["samples"]["local_choice"]) == 5
+    assert results["config"]["model_args"]["limit"] == 5
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("acc_norm", "word_perplexity", str(directory)))
 
 
 def test_task_that_cannot_be_had(monkeypatch):
     """Catches a traceback where a sentence should say which data set is missing and what to do."""
-    monkeypatch.setattr(
-        eval_harness, "TaskManager", lru_cache(TaskManager)
-    )  # it reads thousands of files
+    # Once for all: it reads thousands of files.
+    monkeypatch.setattr(eval_harness, "TaskManager", lru_cache(TaskManager))
     for name, path, words in (
         ("hellaswag", None, ("hellaswag", "Rowan/hellaswag", "--include_path")),
         ("helaswag", None, ("helaswag", "lm_eval ls tasks")),
         ("hellaswag", Path("nowhere"), ("nowhere",)),
     ):
-        with pytest.raises(ValueError) as e:
+        with pytest.raises(UserError) as e:
             eval_harness.load_tasks([name], path)
         assert all(word in str(e.value) for word in words), e.value

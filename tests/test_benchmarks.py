@@ -1,0 +1,238 @@
+"""Benchmarks without their subjects: turns, jobs and figures, with numbers worked out by hand."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import evaluation, serving, training
+from benchmarks.contender import (
+    Contender,
+    ContenderProcess,
+    in_words,
+    milliseconds,
+    ratio,
+    take_turns,
+)
+from benchmarks.generation import BenchGenerateConfig, generate_requests, stream_requests
+from benchmarks.serving import BenchServeConfig, Chunk, Completion, serve_requests
+from benchmarks.workload import Request, dense_utilization, padded_batches
+from config import GPTConfig, TrainConfig
+from errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+class Sleeper(Contender):
+    """Sleeps so many seconds for each unit of work, and tells what it was asked for."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.runs: list[int] = []
+
+    def run(self, n: int) -> None:
+        self.runs.append(n)
+        time.sleep(n * self.seconds)
+
+    def report(self) -> dict:
+        return {"runs": self.runs}
+
+
+class FakeProcess:
+    """Takes a process's place; writes down its turns in a book that all of them share."""
+
+    def __init__(self, name: str, book: list):
+        self.name = name
+        self.book = book
+
+    def wait_until_ready(self) -> None:
+        self.book.append((self.name, "ready"))
+
+    def measure(self, units: int) -> None:
+        self.book.append((self.name, units))
+
+
+def test_contenders_alternate():
+    """Catches rounds of one contender in a row, which a machine that slows down is unfair to, and
+    a turn that begins while another contender still warms up."""
+    book = []
+    take_turns({name: FakeProcess(name, book) for name in "ab"}, rounds=3, units=7)
+    assert book[:2] == [("a", "ready"), ("b", "ready")]
+    assert book[2:] == [("a", 7), ("b", 7)] * 3
+
+
+def test_a_process_times_its_contender():
+    """Catches a warm-up that counts, seconds that are not per unit of work, and a report that is
+    lost."""
+    process = ContenderProcess(Sleeper, 0.005)
+    take_turns({"sleeper": process}, rounds=2, units=10)
+    report = process.close()
+    assert report["runs"] == [2, 10, 10]  # the first is the warm-up
+    assert len(process.seconds) == 2
+    assert all(0.005 <= seconds < 0.05 for seconds in process.seconds)
+    assert report["peak_rss_mib"] > 1
+
+
+def test_the_median_counts():
+    """Catches a mean, which one turn on a busy machine would spoil."""
+    process = ContenderProcess.__new__(ContenderProcess)  # without a process
+    process.seconds = [0.2, 9.0, 0.1]
+    assert process.median == 0.2
+
+
+def test_ratio():
+    """Catches a ratio upside down, and one over the worst or the last peer."""
+    assert ratio(2.0, [8.0, 3.0, 5.0]) == {"ratio": 1.5}
+    assert ratio(2.0, [1.0]) == {"ratio": 0.5}
+    assert ratio(2.0, []) == {}
+
+
+def test_figures_in_words():
+    """Catches another unit or another order in the printed lines."""
+    assert milliseconds(0.0123456) == 12.35
+    assert (
+        in_words({"ms_per_step": 12.35, "attention": "xla"}) == "ms_per_step 12.35, attention xla"
+    )
+
+
+def test_padded_batches():
+    """Catches requests out of order or left out, and a batch that ends before its longest."""
+    requests = [Request([1], 4), Request([2, 2], 9), Request([3], 5)]
+    assert padded_batches(requests, 2) == [([[1], [2, 2]], 9), ([[3]], 5)]
+    assert padded_batches(requests, 8) == [([[1], [2, 2], [3]], 9)]
+
+
+def test_dense_utilization():
+    """Catches slots of finished rows, or those for the new token, counted as held."""
+    # Rows of 3 + 2 slots. Step 0 holds 1 + 3 tokens; in step 1 the first row has ended: 3 + 1.
+    requests = [Request([0], 1), Request([0, 0, 0], 2)]
+    assert dense_utilization(requests, 2) == pytest.approx((4 / 10 + 4 / 10) / 2)
+    # Alone, rows of 1 + 1 and 3 + 2 slots, one step and two.
+    assert dense_utilization(requests, 1) == pytest.approx((1 / 2 + 3 / 5 + 4 / 5) / 3)
+
+
+def test_the_ragged_job_is_a_function_of_the_seed():
+    """Catches contenders that do different jobs, and lengths out of their range."""
+    config = BenchGenerateConfig(requests=40, prompt_tokens=(2, 4), output_tokens=(5, 6))
+    requests = generate_requests(config)
+    assert requests == generate_requests(config)
+    assert requests != generate_requests(dataclasses.replace(config, seed=2))
+    assert {len(r.prompt) for r in requests} == {2, 3, 4}
+    assert {r.output_tokens for r in requests} == {5, 6}
+    assert max(max(r.prompt) for r in requests) < config.model.vocab_size
+
+
+def test_equal_streams_are_equally_long():
+    """Catches streams that share a prompt, which the prefix cache would compute once."""
+    requests = stream_requests(BenchGenerateConfig(), 3)
+    assert len({tuple(r.prompt) for r in requests}) == 3
+    assert {(len(r.prompt), r.output_tokens) for r in requests} == {(16, 64)}
+
+
+def test_requests_to_a_server_have_new_tokens():
+    """Catches a second rate whose prompts are all in the server's prefix cache."""
+    config = BenchServeConfig(requests=5, prompt_tokens=(8, 16), output_tokens=(2, 9))
+    once, again = serve_requests(config), serve_requests(config)
+    for one, other in zip(once, again, strict=True):
+        assert one["prompt"] != other["prompt"] and len(one["prompt"]) == len(other["prompt"])
+        assert one["max_tokens"] == other["max_tokens"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BenchGenerateConfig(prompt_tokens=(5, 4)),
+        lambda: BenchGenerateConfig(output_tokens=(0, 4)),
+        lambda: BenchGenerateConfig(rounds=0),
+        lambda: BenchGenerateConfig(model=GPTConfig(block_size=255)),
+        lambda: BenchGenerateConfig(
+            model=GPTConfig(block_size=79), prompt_tokens=(1, 2), output_tokens=(1, 2)
+        ),
+        lambda: BenchServeConfig(rates=()),
+        lambda: BenchServeConfig(out_dir=Path("out"), init_from="gpt2"),
+    ],
+)
+def test_jobs_that_cannot_be_done(make):
+    """Catches a job that is found impossible only after minutes of compilation."""
+    with pytest.raises(UserError):
+        make()
+
+
+def test_load_figures():
+    """Catches a first token that counts in TPOT, chunks taken for tokens, and a goodput that
+    keeps only one of its two limits."""
+    quick = Completion(0.0, [Chunk(0.5, 1), Chunk(0.9, 4)])  # TTFT 0.5 s, TPOT 0.1 s
+    late = Completion(1.0, [Chunk(3.0, 1), Chunk(3.1, 1)])  # TTFT 2 s, TPOT 0.1 s
+    slow = Completion(2.0, [Chunk(2.5, 1), Chunk(3.5, 1)])  # TTFT 0.5 s, TPOT 1 s
+    config = BenchServeConfig(ttft_limit=1.0, tpot_limit=0.2)
+    figures = serving.load_figures([quick, late, slow], 3.5, config)
+    assert figures["tokens_per_s"] == round(9 / 3.5, 1)
+    assert figures["requests_per_s"] == round(3 / 3.5, 2)
+    assert figures["goodput_requests_per_s"] == round(1 / 3.5, 2)
+    assert figures["ttft_ms"]["mean"] == 1000.0 and figures["ttft_ms"]["median"] == 500.0
+    assert figures["tpot_ms"]["mean"] == 400.0
+    assert figures["itl_ms"]["median"] == 400.0
+    one_token = Completion(0.0, [Chunk(0.5, 1)])
+    assert serving.load_figures([one_token], 1.0, config)["itl_ms"] is None
+
+
+def test_chunks_of_a_stream():
+    """Catches an event without tokens that counts as one, and a comment taken for an event."""
+    event = b'data: {"choices": [{"token_ids": %s}]}\n'
+    lines = [(1.0, b"HTTP/1.1 200 OK\r\n"), (2.0, event % b"[5, 6]"), (3.0, event % b"[]")]
+    lines += [(4.0, b": ping\n"), (5.0, b"data: [DONE]\n")]
+    assert serving.chunks_of(lines) == [Chunk(2.0, 2)]
+
+
+def test_agreement():
+    """Catches answers of one item compared with those of another, and a sign that hides a
+    difference."""
+    ours = [[(-1.0, True), (-2.0, False)], [(-3.0, False), (-4.0, False)]]
+    theirs = [[(-1.25, True), (-2.0, False)], [(-3.5, False), (-3.25, True)]]
+    assert evaluation.agreement(ours, theirs) == {"largest_difference": 0.75, "same_choice": 0.5}
+
+
+def test_random_tokens(tmp_path):
+    """Catches a token past the vocabulary, and a file too short for an update."""
+    model = GPTConfig(vocab_size=65, block_size=8)
+    config = TrainConfig(model=model, batch_size=3, gradient_accumulation_steps=2)
+    training.write_random_tokens(tmp_path / "tokens.bin", config)
+    tokens = np.fromfile(tmp_path / "tokens.bin", np.uint16)
+    assert tokens.max() == 64 and len(tokens) > 2 * training.tokens_per_update(config)
+
+
+def test_flops_utilization():
+    """Catches a peak that stays in the report, or utilization of a device whose peak is not
+    known."""
+    model = GPTConfig()
+    figures = {"ours": {"tokens_per_s": 1000, "peak_flops": 2000 * model.flops_per_token}}
+    training.add_flops_utilization(figures, model)
+    assert figures == {"ours": {"tokens_per_s": 1000, "mfu": 0.5}}
+    figures = {"ours": {"tokens_per_s": 1000}}
+    training.add_flops_utilization(figures, model)
+    assert figures == {"ours": {"tokens_per_s": 1000}}
+
+
+@pytest.mark.slow
+def test_bench_generate():
+    """Catches a bench whose last line is no JSON object, or lacks what the tables are made of."""
+    model = "--n_layer=1 --n_embd=32 --n_head=2 --block_size=64".split()
+    job = "--requests=3 --prompt_tokens 2 5 --output_tokens 2 5 --rounds=1".split()
+    run = subprocess.run(
+        [sys.executable, "bench.py", "generate", *model, *job, "--streams", "--peers", "products"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["bench"] == "generate" and report["ours"]["tokens_per_s"] > 0
+    assert 0 < report["kv_utilization"] <= 1
+    assert "ratio" not in report  # products is a limit, no peer
+    assert sum(report["products"]["calls"].values()) > 0
