@@ -1,5 +1,9 @@
-"""What the suite of paged_attention.py kills: python tests/mutants.py applies each mutant below to the source, runs a few
-tests of test_paged_attention.py on it until one fails, prints a table, and exits 1 if a mutant survives."""
+"""What the tests of attention over pages kill: python tests/mutants.py
+
+Applies each mutant below to the source of paged_attention.py or pallas_kernels.py, runs one test of
+test_paged_attention.py on it, prints a table, and exits with 1 if a mutant survives. Start reading
+at MUTANTS, then at `survives`.
+"""
 
 import contextlib
 import io
@@ -7,236 +11,348 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import NamedTuple
+
+import jax
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import jax  # noqa: E402
-import test_paged_attention as tests  # noqa: E402
+import test_paged_attention as tests  # noqa: E402 - found on the path set above
+
+FILES = ("pallas_kernels", "paged_attention")  # modules to mutate; the second imports the first
+
+
+class Mutant(NamedTuple):
+    """One fault, planted by replacing all occurrences of `old`, which one file holds, by `new`."""
+
+    implementation: str
+    fault: str
+    check: str  # the key in CHECKS of the test that should see it
+    old: str
+    new: str
 
 
 class Captured(io.StringIO):
     """Stands in for pytest's capsys: the race detector prints."""
 
-    def readouterr(self):
+    def readouterr(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(out=self.getvalue())
 
 
-def decode(name):
+def check_decode(name: str) -> None:
     with contextlib.redirect_stdout(Captured()) as captured:
         tests.test_decode(name, 64, "float32", captured)
 
 
-DECODE, PREFILL, BITS, CACHE = "decode", "prefill", "bits", "cache"
-CHECKS = {
-    DECODE: decode,
-    PREFILL: lambda name: tests.test_prefill(name, 32 if name == "mosaic_tpu" else 64, "float32"),
-    BITS: lambda name: tests.test_same_bits(name, 1),
-    CACHE: lambda name: tests.test_cache_writes_then_attends("float32"),
-}
+def check_prefill(name: str) -> None:
+    D = 32 if name == "mosaic_tpu" else 64  # on TPU, several heads side by side
+    tests.test_prefill(name, D, "float32")
 
-# implementation, what is broken, check that should see it, source (all of its occurrences), mutated source
+
+def check_bits(name: str) -> None:
+    tests.test_same_bits(name, 1)
+
+
+def check_cache(name: str) -> None:
+    tests.test_cache_writes_then_attends(name, "float32")
+
+
+DECODE, PREFILL, BITS, CACHE = "decode", "prefill", "bits", "cache"
+CHECKS = {DECODE: check_decode, PREFILL: check_prefill, BITS: check_bits, CACHE: check_cache}
+
 MUTANTS = [
-    (
+    Mutant(
+        "reference", "last token dropped", DECODE, "<= position[..., None]", "< position[..., None]"
+    ),
+    Mutant(
         "reference",
+        "no causal mask in a chunk",
+        PREFILL,
+        "<= position[..., None]",
+        "< (context_lens + new_lens)[:, None, None]",
+    ),
+    Mutant(
+        "reference", "K for V", DECODE, "_gather_rows(v_pages[layer]", "_gather_rows(k_pages[layer]"
+    ),
+    Mutant("reference", "wrong layer", DECODE, "_pages[layer]", "_pages[0]"),
+    Mutant(
+        "reference", "heads taken for positions", DECODE, ".swapaxes(2, 3)  # (B, M, P, H, D)", ""
+    ),
+    Mutant(
+        "reference",
+        "stale tail",
+        DECODE,
+        "v = jnp.where(is_written[..., None, None], v, 0)",
+        "v = v",
+    ),
+    Mutant(
+        "reference", "padding attends", DECODE, "jnp.where(is_real[..., None, None], y, 0)", "y"
+    ),
+    Mutant("reference", "zero output", DECODE, 'y = einsum("bhts', 'y = 0 * einsum("bhts'),
+    Mutant(
+        "reference",
+        "unscaled scores",
+        DECODE,
+        "q.astype(jnp.float32), k) * scale",
+        "q.astype(jnp.float32), k)",
+    ),
+    Mutant(
+        "reference",
+        "scale applied twice",
+        DECODE,
+        "q.astype(jnp.float32), k) * scale",
+        "q.astype(jnp.float32), k) * scale * scale",
+    ),
+    Mutant(
+        "reference",
+        "weights not over positions",
+        DECODE,
+        "scores, -jnp.inf))",
+        "scores, -jnp.inf), axis=1)",
+    ),
+    Mutant(
+        "xla",
         "last token dropped",
         DECODE,
-        "context_lens[:, None] + t + 1, 0)",
-        "context_lens[:, None] + t, 0)",
+        "context_lens[:, None] + token + 1, 0)",
+        "context_lens[:, None] + token, 0)",
     ),
-    (
-        "reference",
+    Mutant(
+        "xla",
         "null page attended by padding",
         DECODE,
-        "context_lens[:, None] + t + 1, 0)",
-        "context_lens[:, None] + t + 1, 1)",
+        "context_lens[:, None] + token + 1, 0)",
+        "context_lens[:, None] + token + 1, 1)",
     ),
-    ("reference", "mask off by one", DECODE, "position < rows(length)", "position <= rows(length)"),
-    (
-        "reference",
+    Mutant(
+        "xla",
+        "mask off by one",
+        DECODE,
+        "position < rows_of(batch.length)",
+        "position <= rows_of(batch.length)",
+    ),
+    Mutant(
+        "xla",
         "no causal mask in a chunk",
         PREFILL,
         "length = length[order, None, :, None]",
         "length = length.max(1, keepdims=True)[order, None, :, None]",
     ),
-    (
-        "reference",
+    Mutant(
+        "xla",
         "K and V swapped",
         DECODE,
-        "for pool in (k_pages, v_pages)]",
-        "for pool in (v_pages, k_pages)]",
+        "return k.reshape(rows, H, -1, D), v.reshape(rows, H, -1, D)",
+        "return v.reshape(rows, H, -1, D), k.reshape(rows, H, -1, D)",
     ),
-    ("reference", "wrong page", DECODE, "(rows(tables), i * G, G", "(rows(tables), i * G + 1, G"),
-    ("reference", "wrong layer", DECODE, " + layer * N\n", "\n"),
-    ("reference", "stale tail", DECODE, "v = jnp.where(seen.any(2)[..., None], v, 0)", "v = v"),
-    ("reference", "zero output", DECODE, "y = y / ", "y = 0 * y / "),
-    ("reference", "unscaled q", DECODE, "swapaxes(1, 2) * scale", "swapaxes(1, 2)"),
-    (
-        "reference",
+    Mutant(
+        "xla",
+        "wrong page",
+        DECODE,
+        "(tables, chunk * count, count",
+        "(tables, chunk * count + 1, count",
+    ),
+    Mutant("xla", "wrong layer", DECODE, "tables=tables + layer * N", "tables=tables"),
+    Mutant("xla", "stale tail", DECODE, "v = jnp.where(seen.any(2)[..., None], v, 0)", "v = v"),
+    Mutant("xla", "zero output", DECODE, "y = sums.values / ", "y = 0 * sums.values / "),
+    Mutant("xla", "unscaled q", DECODE, "swapaxes(1, 2) * scale", "swapaxes(1, 2)"),
+    Mutant(
+        "xla",
         "scale applied twice",
         DECODE,
         "swapaxes(1, 2) * scale",
         "swapaxes(1, 2) * scale * scale",
     ),
-    (
-        "reference",
+    Mutant(
+        "xla",
         "first pages lost",
         DECODE,
-        "fori_loop(0, pl.cdiv(longest[0]",
-        "fori_loop(1, pl.cdiv(longest[0]",
+        "fori_loop(0, chunks, add_chunk",
+        "fori_loop(1, chunks, add_chunk",
     ),
-    ("reference", "shortest rows first", DECODE, "descending=True", "descending=False"),
-    ("reference", "results in the order of lengths", DECODE, "y[jnp.argsort(order)]", "y"),
-    (
-        "reference",
+    Mutant("xla", "shortest rows first", DECODE, "descending=True", "descending=False"),
+    Mutant("xla", "results in the order of lengths", DECODE, "y[jnp.argsort(order)]", "y"),
+    Mutant(
+        "xla",
         "a row that reaches further lost",
         DECODE,
-        "pl.cdiv((longest > i * G * P).sum(), R)",
-        "(longest > i * G * P).sum() // R",
+        "steps = pl.cdiv(rows, batch.rows_per_step)",
+        "steps = rows // batch.rows_per_step",
     ),
-    ("reference", "older values not rescaled", DECODE, "y * a + dot(", "y + dot("),
-    (
-        "reference",
+    Mutant(
+        "xla", "older values not rescaled", DECODE, "before.values * rescale + ", "before.values + "
+    ),
+    Mutant(
+        "xla",
         "order of a sum by batch size",
         BITS,
-        "l = sum(l[..., p] for p in range(G * P))",
-        "l = l.sum(-1)",
+        "denominator = sum(sums.weights[..., i] for i in range(S))",
+        "denominator = sums.weights.sum(-1)",
     ),
-    (
-        "reference",
+    Mutant(
+        "xla",
         "padding written to a row's page",
         CACHE,
-        "page = jnp.where(jnp.arange(T) < self.new_lens[:, None], page, 0)",
+        "page = jnp.where(is_real, page, 0)",
         "page = page",
     ),
-    ("reference", "write off by one", CACHE, "(pos % P)[..., None]", "((pos + 1) % P)[..., None]"),
-    ("reference", "lengths advance by T", CACHE, "jnp.minimum(self.new_lens, T)", "T"),
-    ("triton", "mask off by one", DECODE, "seen = pos < length\n", "seen = pos <= length\n"),
-    (
+    Mutant(
+        "xla",
+        "write off by one",
+        CACHE,
+        "(position % P)[..., None]",
+        "((position + 1) % P)[..., None]",
+    ),
+    Mutant("xla", "lengths advance by T", CACHE, "jnp.minimum(self.new_lens, T)", "T"),
+    Mutant(
+        "triton",
+        "mask off by one",
+        DECODE,
+        "seen = position < length\n",
+        "seen = position <= length\n",
+    ),
+    Mutant(
         "triton",
         "K and V swapped",
         DECODE,
-        "for ref in (k_ref, v_ref)]  # (TILE, d)",
-        "for ref in (v_ref, k_ref)]",
+        "k_ref: Ref,  # (L, N, H, P, D)\n    v_ref: Ref,",
+        "v_ref: Ref,  # (L, N, H, P, D)\n    k_ref: Ref,",
     ),
-    (
+    Mutant(
         "triton",
         "another row's page",
         DECODE,
-        "tables_ref.at[b, pos // P]",
-        "tables_ref.at[b - 1, pos // P]",
+        "tables_ref.at[row, position // P]",
+        "tables_ref.at[row - 1, position // P]",
     ),
-    (
+    Mutant(
         "triton",
         "a split lost",
         DECODE,
-        "pl.cdiv(lengths_ref[b], SPLIT)",
-        "jnp.maximum(1, lengths_ref[b] // SPLIT)",
+        "pl.cdiv(lengths_ref[row], sizes.split)",
+        "jnp.maximum(1, lengths_ref[row] // sizes.split)",
     ),
-    (
+    Mutant(
         "triton",
         "a tile lost",
         DECODE,
-        "tiles = pl.cdiv(jnp.minimum(length - start, SPLIT), TILE)",
-        "tiles = jnp.minimum(length - start, SPLIT) // TILE",
+        "tiles = pl.cdiv(jnp.minimum(length - start, sizes.split), sizes.tile)",
+        "tiles = jnp.minimum(length - start, sizes.split) // sizes.tile",
     ),
-    (
+    Mutant(
         "triton",
         "partial sums in bfloat16",
         DECODE,
-        "split, d], acc, mask",
-        "split, d], acc.astype(jnp.bfloat16).astype(jnp.float32), mask",
+        "split, d], sums.values, mask",
+        "split, d], sums.values.astype(jnp.bfloat16).astype(jnp.float32), mask",
     ),
-    ("triton", "splits merged at unequal maxima", DECODE, "acc * b[..., None]", "acc"),
-    (
+    Mutant(
+        "triton",
+        "splits merged at unequal maxima",
+        DECODE,
+        "later.values * rescale_later[..., None]",
+        "later.values",
+    ),
+    Mutant(
         "triton",
         "scale applied twice",
         PREFILL,
-        's = dot("td,pd->tp", q, k) * scale',
-        's = dot("td,pd->tp", q, k) * scale * scale',
+        'dot("td,pd->tp", q, k) * scale',
+        'dot("td,pd->tp", q, k) * scale * scale',
     ),
-    (
+    Mutant(
         "triton",
         "causal mask off by one",
         PREFILL,
-        "pos[None] < length[:, None]",
-        "pos[None] <= length[:, None]",
+        "position[None] < length[:, None]",
+        "position[None] <= length[:, None]",
     ),
-    (
+    Mutant(
         "triton",
         "second tile of queries is the first",
         PREFILL,
-        "t, d = pl.program_id(2) * tile_size + ",
-        "t, d = ",
+        "token = pl.program_id(2) * tile_size + ",
+        "token = ",
     ),
-    (
+    Mutant(
         "mosaic_tpu",
         "last token dropped",
         DECODE,
-        "seen = (pos <= context + t)",
-        "seen = (pos < context + t)",
+        "seen = (position <= context + token)",
+        "seen = (position < context + token)",
     ),
-    (
+    Mutant(
         "mosaic_tpu",
         "a head's token mistaken",
         PREFILL,
-        "t = token(first + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1))",
-        "t = first + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1)",
+        "token = token_of(first_query + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1))",
+        "token = first_query + jax.lax.broadcasted_iota(jnp.int32, (1, R, 1), 1)",
     ),
-    (
+    Mutant(
         "mosaic_tpu",
         "stale tail",
         DECODE,
-        "v = jnp.where(written, v_buf[i % 2], 0)",
-        "v = v_buf[i % 2]",
+        "v = jnp.where(written, v_buffer[half_of(i)], 0)",
+        "v = v_buffer[half_of(i)]",
     ),
-    ("mosaic_tpu", "half of the buffer mistaken", DECODE, "half = step % 2", "half = 0"),
-    ("mosaic_tpu", "one half of the buffer for both", DECODE, " % 2", " * 0"),
-    (
-        "mosaic_tpu",
-        "copies not waited for",
-        DECODE,
-        "        copies(i, lambda copy: copy.wait())\n",
-        "",
-    ),
-    (
+    Mutant("mosaic_tpu", "half of the buffer mistaken", DECODE, "half = half_of(step)", "half = 0"),
+    Mutant("mosaic_tpu", "one half of the buffer for both", DECODE, "return step % 2", "return 0"),
+    Mutant("mosaic_tpu", "copies not waited for", DECODE, "        for_each_copy(i, _wait)\n", ""),
+    Mutant(
         "mosaic_tpu",
         "last page not copied",
         DECODE,
-        "@pl.when(page * P < stop)",
-        "@pl.when(page * P + P < stop)",
+        "pl.when(page * P < stop)",
+        "pl.when(page * P + P < stop)",
     ),
 ]
 
 
-def survives(source: str, name: str, check: str) -> bool:
-    module = types.ModuleType("paged_attention")
-    sys.modules["paged_attention"] = module
-    exec(compile(source, "mutated paged_attention.py", "exec"), module.__dict__)
-    tests.pa = module
+def mutated(sources: dict[str, str], mutant: Mutant) -> dict[str, str]:
+    """Return the sources with the mutant's fault in the one file that holds its old text."""
+    holders = [name for name, source in sources.items() if mutant.old in source]
+    assert len(holders) == 1, (
+        f"{mutant.implementation}, {mutant.fault}: {holders} hold {mutant.old!r}, not one file"
+    )
+    (name,) = holders
+    return {**sources, name: sources[name].replace(mutant.old, mutant.new)}
+
+
+def survives(sources: dict[str, str], implementation: str, check: str) -> bool:
+    """Return whether these sources pass a check."""
+    for name, source in sources.items():
+        module = types.ModuleType(name)
+        sys.modules[name] = module  # where the next file's import finds it
+        exec(compile(source, f"mutated {name}.py", "exec"), module.__dict__)
+    tests.pa = sys.modules["paged_attention"]
     jax.clear_caches()
     try:
-        CHECKS[check](name)
+        CHECKS[check](implementation)
     except AssertionError:
         return False
     return True
 
 
-def main():
-    source = (ROOT / "paged_attention.py").read_text()
-    alive = []
-    for name, check in dict.fromkeys((name, check) for name, _, check, _, _ in MUTANTS):
-        assert survives(source, name, check), f"{name} fails {check} without a mutation"
-    for name, what, check, old, new in MUTANTS:
-        assert old in source, f"{what}: the source no longer holds {old!r}"
-        start, survived = time.time(), survives(source.replace(old, new), name, check)
-        alive += [what] * survived
-        print(
-            f"{'SURVIVES' if survived else 'killed':9}{name:11}{what:38}{check:8}{time.time() - start:5.1f} s",
-            flush=True,
+def main() -> None:
+    """Check the sources as they are, then every mutant."""
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
+    all_mutated = [mutated(sources, mutant) for mutant in MUTANTS]
+    for implementation, check in dict.fromkeys((m.implementation, m.check) for m in MUTANTS):
+        assert survives(sources, implementation, check), (
+            f"{implementation} fails {check} without a mutation"
         )
-    print(f"{len(MUTANTS) - len(alive)} of {len(MUTANTS)} killed")
-    sys.exit(bool(alive))
+    survivors = 0
+    for mutant, mutated_sources in zip(MUTANTS, all_mutated, strict=True):
+        start = time.time()
+        survived = survives(mutated_sources, mutant.implementation, mutant.check)
+        seconds = time.time() - start
+        survivors += survived
+        verdict = "SURVIVES" if survived else "killed"
+        what = f"{mutant.implementation:11}{mutant.fault:38}{mutant.check:8}"
+        print(f"{verdict:9}{what}{seconds:5.1f} s", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} killed")
+    sys.exit(survivors > 0)
 
 
 if __name__ == "__main__":
