@@ -1,15 +1,16 @@
 """Continuous batching: many sequences of unequal length through one jitted step. No HTTP.
 
-Read Engine.step, then Scheduler.schedule, then model_step. Shapes: see model.py and paged_attention.py; here `R` rows of a
-call with `T` new tokens each, `S` rows to sample, `M` pages of the longest sequence.
+Read Engine.step, then Scheduler.schedule, then model_step in model_runner.py.
 
-The same bits. A request's tokens and logprobs do not depend on who else runs, on chunking, on prefix hits, on preemption or
-on the pool's size, because nothing that reaches a number does:
-- Prompt tokens go through the shape (R, P), R tiles of one page each. A tile is one page of one sequence, wherever the chunks
-  end, so a chunk is just how many tiles of a sequence share a step. Generated tokens go through the shape (R, 1).
-- For a fixed shape the bits of a row depend neither on its slot nor on the other rows; of either kind of shape only those R are
-  used that a probe at start-up found to give the bits of the largest.
-- Preemption moves pages to host memory and back; only pages that prefill filled are found by other prompts.
+The same bits. A request's tokens and logprobs do not depend on who else runs, on chunking, on
+prefix hits, on preemption or on the pool's size, because nothing that reaches a number does:
+- Prompt tokens go through calls whose rows are tiles. A tile is one page of one sequence, wherever
+  the chunks end, so a chunk is just how many tiles of a sequence share a step. Generated tokens go
+  through calls whose rows have one token.
+- The bits of a row depend neither on its slot nor on the other rows of the call, nor on how many
+  these are: see model_runner.py.
+- Preemption moves pages to host memory and back. Only pages that prefill filled are found by other
+  prompts.
 - A token is drawn with a key made of its request's seed, its sample's index and its position.
 """
 
@@ -17,570 +18,432 @@ import dataclasses
 import itertools
 import secrets
 import time
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from block_manager import BlockManager
-from config import EngineConfig, GPTConfig
-from errors import require
+from config import EngineConfig
+from errors import UserError, require
 from model import GPT
-from paged_attention import PagedKVCache, num_pages_for
-from sampling import Slots, StepNeeds, sample
-from scheduler import Plan, Scheduler
+from model_runner import CallInFlight, ModelRunner, Sampled, Scores, compiled_programs
+from scheduler import Plan, Row, Scheduler
 from sequence import (
+    DEFAULT_PARAMS,
     MAX_BIASES,
-    MAX_LOGPROBS,
     Logprobs,
     Output,
+    SampleKey,
     SamplingParams,
     Sequence,
     TextStream,
-    Times,
 )
 from tokenizer import Tokenizer
 
+Prompt = str | AnySequence[int]  # text or token ids
 
-class Sampled(NamedTuple):
-    """What comes back from a call. Logprobs are a tuple: of the token, of the likeliest, ids of the likeliest."""
-
-    token: jax.Array  # (S,) int32
-    logprobs: tuple  # (S,), (S, MAX_LOGPROBS), (S, MAX_LOGPROBS)
-    prompt: (
-        tuple | None
-    )  # of the token that follows each prompt token: (R, T), (R, T, MAX_LOGPROBS) twice
+DEFAULT_CONFIG = EngineConfig()
 
 
-@partial(jax.jit, static_argnames=("config", "attention", "T"), donate_argnames=("pool", "slots"))
-def model_step(
-    params,
-    pool,
-    slots: Slots,
-    rows,
-    samples,
-    needs: StepNeeds,
-    *,
-    config: GPTConfig,
-    attention: str,
-    T: int,
-):
-    """Advances each row by up to T tokens and samples what follows. `pool` and `slots` are donated.
+class StepSize(NamedTuple):
+    """How much a step takes on at most."""
 
-    rows (R, 3 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), page table. Tokens are read from the
-    slots. samples (S, 2) int32: row whose last new token to sample from, slot that gets the sample as its next token.
-    Returns pool, slots, Sampled."""
-    model = nnx.merge(inference_graphdef(config), params)
-    slot, start, new = rows[:, 0], rows[:, 1], rows[:, 2]
-    cache = PagedKVCache(*pool, rows[:, 3:], start, new, attention)
-    at = start[:, None] + jnp.arange(T)  # (R, T)
-    x, cache = model.hidden(slots.tokens[slot[:, None], at], cache)  # (R, T, C)
+    max_num_seqs: int
+    prefill_tokens: int
 
-    source, slot = samples[:, 0], samples[:, 1]
-    last = x[source, jnp.maximum(new[source], 1) - 1]  # (S, C)
-    length = start[source] + new[source]  # position of the sampled token
-    logits = model.logits(last[:, None])[:, 0]  # (S, V)
-    token = sample(logits, slots, slot, length, needs)
 
-    def score(logits, token):
-        """Log softmax of token (...), and the likeliest tokens."""
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return (jnp.take_along_axis(logits, token[..., None], -1) - total)[..., 0], total
+CPU_STEP = StepSize(max_num_seqs=16, prefill_tokens=128)
+ACCELERATOR_STEP = StepSize(max_num_seqs=256, prefill_tokens=2048)
 
-    def likeliest(logits, total):
-        largest, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-        return largest - total, ids
 
-    logprob, total = score(logits, token)
-    like = lambda f, *args: jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(f, *args)
+def step_size(config: EngineConfig) -> StepSize:
+    """Return the sizes that config names; where it leaves one out, that of the device's kind."""
+    default = CPU_STEP if jax.default_backend() == "cpu" else ACCELERATOR_STEP
+    return StepSize(
+        config.max_num_seqs or default.max_num_seqs,
+        config.prefill_tokens or default.prefill_tokens,
     )
-    skip = lambda f: lambda *args: like(f, *args)
-    top = jax.lax.cond(needs.top, likeliest, skip(likeliest), logits, total)
-
-    def score_prompt(x, next_token):
-        """Tile by tile, so that logits exist for one page of tokens at a time."""
-
-        def tile(x_token):
-            logits = model.logits(x_token[0][None])[0]  # (T, V)
-            logprob, total = score(logits, x_token[1])
-            return logprob, *likeliest(logits, total)
-
-        return jax.lax.map(tile, (x, next_token))
-
-    prompt = None
-    if T > 1:
-        next_token = slots.tokens[rows[:, :1], at + 1]
-        prompt = jax.lax.cond(needs.prompt, score_prompt, skip(score_prompt), x, next_token)
-    slots = dataclasses.replace(slots, tokens=slots.tokens.at[slot, length].set(token))
-    return (cache.k_pages, cache.v_pages), slots, Sampled(token, (logprob, *top), prompt)
-
-
-@lru_cache
-def inference_graphdef(config: GPTConfig) -> nnx.GraphDef:
-    """The static half of GPT.for_inference. Looked up by config, whose hash costs less than that of the graph at each call."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).for_inference()))[0]
-
-
-@partial(jax.jit, donate_argnums=0)
-def seat(slots: Slots, slot, row: Slots) -> Slots:
-    """Puts a sequence into a slot."""
-    return jax.tree.map(lambda all_, one: all_.at[slot].set(one), slots, row)
-
-
-@jax.jit
-def read_page(pool, page):
-    """Keys and values of one page: (L, P, C) each."""
-    return jax.tree.map(lambda pages: pages[:, page], pool)
-
-
-@partial(jax.jit, donate_argnums=0)
-def write_page(pool, page, kv):
-    return jax.tree.map(lambda pages, one: pages.at[:, page].set(one), pool, kv)
-
-
-@partial(jax.jit, donate_argnums=0)
-def copy_page(pool, source, target):
-    return jax.tree.map(lambda pages: pages.at[:, target].set(pages[:, source]), pool)
-
-
-class Call(NamedTuple):
-    """A model_step in flight."""
-
-    tiles: list[tuple[Sequence, int, int]]  # of a prefill
-    seqs: list[Sequence]  # who gets the samples
-    needs: StepNeeds
-    sampled: Sampled
 
 
 @dataclass(frozen=True)
 class Stats:
+    """What goes on in an engine between two steps."""
+
     running: int
+    """Sequences that have pages."""
     waiting: int
-    pages: int  # of the pool, without the null page
-    pages_held: int  # by sequences; the others are free, though they may be cached
-    tokens_held: int  # in these pages
-    queried_tokens: (
-        int  # prompt tokens looked up in the prefix cache, since the start, like all below
-    )
+    """Sequences in the queue; samples that will fork from one of them are not counted."""
+    pages: int
+    """Pages of the pool, without the null page."""
+    pages_held: int
+    """Pages that sequences hold; the others are free, though they may be cached."""
+    tokens_held: int
+    """Tokens in the pages that are held."""
+    queried_tokens: int
+    """Prompt tokens looked up in the prefix cache, since the start, like all below."""
     hit_tokens: int
+    """Prompt tokens found there."""
     preemptions: int
+    """How often a sequence had to leave its pages to others."""
     prompt_tokens: int
+    """Prompt tokens computed."""
     generation_tokens: int
+    """New tokens given out."""
 
 
 class Engine:
-    """Runs requests on a model: `add` them and `step` while `busy`; or `generate`. Not thread-safe."""
+    """Runs requests on a model: `generate`, or `add` them and `step` while `busy`. Not thread-safe.
+
+    `generate` takes whole prompts and returns whole answers. `add` and `step` are for those who
+    want each token as it comes, or add requests while others run. A prompt is token ids or, for an
+    engine with a tokenizer, text."""
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer | None = None,
-        config: EngineConfig = EngineConfig(),
+        config: EngineConfig = DEFAULT_CONFIG,
         *,
         progress: bool = True,
     ):
-        """Compiles all that will ever run. tokenizer: for text in outputs, stop strings and the end-of-text token."""
-        rows, tokens = (16, 128) if jax.default_backend() == "cpu" else (256, 2048)
-        config = dataclasses.replace(
-            config,
-            max_num_seqs=config.max_num_seqs or rows,
-            prefill_tokens=config.prefill_tokens or tokens,
+        """Compile all that will ever run. progress: show a bar meanwhile.
+
+        tokenizer: for text in prompts and outputs, stop strings and the end-of-text token."""
+        step = step_size(config)
+        tiles = step.prefill_tokens // config.page_size
+        self.model_config = model.config
+        self.tokenizer = tokenizer
+        self.config = dataclasses.replace(config, **step._asdict())
+        self.runner = ModelRunner(
+            model, config, max_num_seqs=step.max_num_seqs, max_tiles=tiles, progress=progress
         )
-        self.config, self.model_config, self.tokenizer = config, model.config, tokenizer
-        # A restored checkpoint is committed to its device, and with it whatever a step returns. All that a step takes is so from the
-        # start: what became so after the first step would compile every program again, in the middle of the first request.
-        put = partial(jax.device_put, device=jax.devices()[0])
-        self.params = put(model.for_inference().params())
-        dtype, P = config.kv_dtype or model.config.dtype, config.page_size
-        num_pages = config.kv_blocks or num_pages_for(
-            model.config, P, dtype, config.kv_cache_memory, config.attention
-        )
-        cache = PagedKVCache.create(model.config, num_pages, P, dtype, config.attention)
-        self.pool, self.attention = put((cache.k_pages, cache.v_pages)), cache.attention
-        self.blocks = BlockManager(num_pages, P)
-        self.tiles = config.prefill_tokens // P
+        self.blocks = BlockManager(self.runner.num_pages, config.page_size)
         self.scheduler = Scheduler(
             self.blocks,
-            max_num_seqs=config.max_num_seqs,
-            tiles=self.tiles,
-            chunk_size=config.chunk_size or config.prefill_tokens,
+            max_num_seqs=step.max_num_seqs,
+            tiles=tiles,
+            chunk_size=config.chunk_size or step.prefill_tokens,
         )
-        self.pages_per_seq = self.blocks.pages_for(model.config.block_size)
-        self.swapped: dict[tuple[int, int], list] = {}  # pages of preempted sequences
-        self.leaving: list[
-            tuple[int, int]
-        ] = []  # those of them that are on their way to host memory
         self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
         self.ids = itertools.count()
-        self.in_flight: list[Call] = []
-        self.prompt_tokens = self.generation_tokens = 0
-        self.prefill_tiles, self.decode_rows = self._warm_up(progress)
+        self.in_flight: list[CallInFlight] = []  # the calls of the newest step
+        self.prompt_tokens = 0  # computed, not found in the cache
+        self.generation_tokens = 0
+        self.calls: Counter[tuple[int, int]] = Counter()
+        """How often model_step ran in each shape (rows, new tokens in each), since start-up."""
         self.programs_at_start = self.programs()
 
-    def add(self, prompt: list[int], params: SamplingParams = SamplingParams()) -> int:
-        """Queues a request, returns its id. Raises ValueError if it can never be served as it is asked."""
-        V, size = self.model_config.vocab_size, self.model_config.block_size
-        prompt = list(map(int, prompt))
-        require(
-            len(prompt) > 0,
-            "the prompt is empty: give it at least 1 token, for example the end-of-text token",
-        )
-        for name, ids in (
-            ("prompt", prompt),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            wrong = [t for t in ids if not 0 <= t < V]
-            require(
-                not wrong,
-                f"{name} has token {wrong and wrong[0]}, and the vocabulary ends at {V - 1}",
-            )
-        require(
-            len(prompt) + params.max_tokens <= size,
-            f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} make {len(prompt) + params.max_tokens}, and the "
-            f"model's context is {size}: ask for fewer",
-        )
-        require(
-            self.tokenizer is not None or not params.stop,
-            "stop strings need an engine with a tokenizer",
-        )
-        stop_ids = set(params.stop_token_ids)
-        if (
-            self.tokenizer is not None
-            and self.tokenizer.eos_id is not None
-            and not params.ignore_eos
-        ):
-            stop_ids.add(self.tokenizer.eos_id)
-        biases = len(params.logit_bias) + len(stop_ids)
-        require(
-            biases <= MAX_BIASES,
-            f"logit_bias and stop tokens have {biases} entries, and {MAX_BIASES} fit",
-        )
+    def add(self, prompt: Prompt, params: SamplingParams = DEFAULT_PARAMS) -> int:
+        """Queue a request and return its id.
+
+        Raises UserError, whose `param` names the field, if it can never be served as it is."""
+        token_ids = self._token_ids(prompt)
+        stop_ids = self._stop_ids(params)
+        self._check(token_ids, params, stop_ids)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
         request_id = next(self.ids)
-        seqs = self.scheduler.add(prompt, params, request_id)
+        seqs = self.scheduler.add(token_ids, params, request_id)
         for seq in seqs:
             seq.stop_ids = stop_ids
-            seq.times = [time.perf_counter()]
-            seq.text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
-            if not seq.prompt_logprobs:
-                seq.prompt_logprobs = [
-                    None
-                ]  # the first token has none; followers see what their leader fills in
-                for follower in seq.followers:
-                    follower.prompt_logprobs = seq.prompt_logprobs
+            if self.tokenizer is not None:
+                seq.text_stream = TextStream(self.tokenizer, params.stop)
+            for follower in seq.followers:
+                follower.prompt_logprobs = seq.prompt_logprobs  # sees what its leader fills in
         self.requests[request_id] = seqs
         return request_id
 
     @property
     def busy(self) -> bool:
+        """Whether there is something to do for `step`."""
         return bool(self.requests or self.in_flight)
 
     def step(self) -> list[Output]:
-        """Starts a step, and while it runs takes in the one before: its samples are the one thing that is waited for."""
+        """Start a step and, while it runs, take in the one before.
+
+        Its samples, and the pages that leave the device, are the one thing that is waited for."""
         started = self._launch(self.scheduler.schedule())
         assert started or self.in_flight or not self.requests, (
             f"none of {len(self.requests)} requests can go on"
         )
-        landed, self.in_flight = self.in_flight, started
+        landed = self.in_flight
+        self.in_flight = started
         return self._collect(landed)
 
     def cancel(self, request_id: int) -> None:
-        """Ends a request without further outputs; one that has ended already is left as it is."""
+        """End a request without further outputs; one that has ended already is left as it is."""
         for seq in self.requests.pop(request_id, []):
             if not seq.finished:
                 self._finish(seq)
 
     def generate(
         self,
-        prompts: list[list[int]],
-        params: SamplingParams | list[SamplingParams] = SamplingParams(),
+        prompts: AnySequence[Prompt],
+        params: SamplingParams | list[SamplingParams] = DEFAULT_PARAMS,
         *,
         progress: bool = True,
     ) -> list[list[Output]]:
-        """The n samples of each prompt, whole; params for all prompts or for each. The engine must not be busy."""
-        assert not self.busy, "generate and add at the same time"
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        require(
-            len(params) == len(prompts),
-            f"{len(prompts)} prompts and {len(params)} SamplingParams: give one or one for each",
+        """Return the n samples of each prompt, whole. The engine must not be busy.
+
+        prompts: texts and token ids, also mixed. params: one for all prompts, or a list with one
+        for each. Raises UserError, with nothing queued, if one of them can never be served."""
+        assert not self.busy, (
+            f"{len(self.requests)} requests were added that `step` has not finished"
         )
-        ids = [self.add(prompt, p) for prompt, p in zip(prompts, params)]
-        done = {i: [None] * p.n for i, p in zip(ids, params)}
-        with tqdm(total=sum(p.n for p in params), unit="sample", disable=not progress) as bar:
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        ids = self._add_all(prompts, params)
+        samples = sum(p.n for p in params)
+        whole: dict[SampleKey, Output] = {}
+        with tqdm(total=samples, unit="sample", disable=not progress) as bar:
             while self.busy:
-                for out in self.step():
-                    whole = done[out.request_id][out.index]
-                    done[out.request_id][out.index] = out if whole is None else whole + out
-                    bar.update(out.finish_reason is not None)
-        return [done[i] for i in ids]
+                for output in self.step():
+                    key = SampleKey(output.request_id, output.index)
+                    whole[key] = whole[key] + output if key in whole else output
+                    bar.update(output.finish_reason is not None)
+        return [
+            [whole[SampleKey(request_id, index)] for index in range(p.n)]
+            for request_id, p in zip(ids, params, strict=True)
+        ]
 
     def stats(self) -> Stats:
+        """Return what goes on, for monitoring."""
+        page_size = self.config.page_size
         held = self.blocks.num_pages - 1 - self.blocks.num_free
-        room = sum(
-            len(self.blocks.tables[s.key]) * self.config.page_size - s.computed
-            for s in self.scheduler.running
+        empty_places = sum(
+            len(self.blocks.tables[seq.key]) * page_size - seq.num_computed
+            for seq in self.scheduler.running
         )
         return Stats(
-            len(self.scheduler.running),
-            len(self.scheduler.waiting),
-            self.blocks.num_pages - 1,
-            held,
-            held * self.config.page_size - room,
-            self.blocks.queried_tokens,
-            self.blocks.hit_tokens,
-            self.scheduler.preemptions,
-            self.prompt_tokens,
-            self.generation_tokens,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages=self.blocks.num_pages - 1,
+            pages_held=held,
+            tokens_held=held * page_size - empty_places,
+            queried_tokens=self.blocks.queried_tokens,
+            hit_tokens=self.blocks.hit_tokens,
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
         )
 
-    def snapshot(self) -> list[tuple[list[tuple[int, int]], bool]]:
-        """Of each page: which (request, sample) hold it, and whether it is in the prefix cache."""
-        holders = [[] for _ in range(self.blocks.num_pages)]
+    def snapshot(self) -> list[tuple[list[SampleKey], bool]]:
+        """Return, for each page, which samples hold it and whether it is in the prefix cache."""
+        holders: list[list[Any]] = [[] for _ in range(self.blocks.num_pages)]
         for key, table in self.blocks.tables.items():
             for page in table:
                 holders[page].append(key)
         return [(keys, page in self.blocks.cached) for page, keys in enumerate(holders)]
 
     def programs(self) -> int:
-        """Compiled programs of all engines of this process; an engine that runs adds none (see programs_at_start)."""
-        return sum(f._cache_size() for f in (model_step, seat, read_page, write_page, copy_page))
+        """Return how many programs are compiled, for all engines of this process.
 
-    def _launch(self, plan: Plan) -> list[Call]:
-        for seq, pages in plan.swap_out:
-            self.swapped[seq.key] = [read_page(self.pool, page) for page in pages]
-        self.leaving = [seq.key for seq, _ in plan.swap_out]
-        for source, target in plan.copies:
-            self.pool = copy_page(self.pool, source, target)
-        for seq, first, pages in plan.swap_in:
-            for page, kv in zip(pages, self.swapped[seq.key][first:], strict=True):
-                self.pool = write_page(self.pool, page, kv)
-        for seq in plan.admitted:
-            self.swapped.pop(seq.key, None)
-            self.slots = seat(self.slots, seq.slot, self._slot_row(seq))
-            if len(seq.times) == 1:
-                seq.times.append(time.perf_counter())
-        calls = []
-        if plan.tiles:
-            rows = [
-                (seq.slot, start, new, self.blocks.tables[seq.key])
-                for seq, start, new in plan.tiles
-            ]
-            R = next(R for R in self.prefill_tiles if R >= max(len(rows), len(plan.samples)))
-            calls.append(self._call(rows, plan.tiles, plan.samples, R, self.config.page_size))
-            self.prompt_tokens += sum(new for _, _, new in plan.tiles)
-        if plan.decodes:
-            rows = [
-                (seq.slot, seq.computed - 1, 1, self.blocks.tables[seq.key]) for seq in plan.decodes
-            ]
-            R = next(R for R in self.decode_rows if R >= len(rows))
-            calls.append(self._call(rows, [], list(enumerate(plan.decodes)), R, 1))
-        return calls
+        An engine that runs adds none: see programs_at_start."""
+        return compiled_programs()
 
-    def _call(
-        self, work: list[tuple], tiles: list, samples: list[tuple[int, Sequence]], R: int, T: int
-    ) -> Call:
-        """Packs work (slot, tokens in pages, new tokens, page table) into the shape (R, T) and runs model_step on it."""
-        padding = self.config.max_num_seqs  # the last slot
-        rows, to_sample = (
-            np.zeros((R, 3 + self.pages_per_seq), np.int32),
-            np.zeros((R, 2), np.int32),
-        )
-        rows[:, 0] = to_sample[:, 1] = padding
-        for row, (slot, start, new, table) in zip(rows, work):
-            row[:3] = slot, start, new
-            row[3 : 3 + len(table)] = table
-        for i, (row, seq) in enumerate(samples):
-            to_sample[i] = row, seq.slot
-        asked = [seq.params for _, seq in samples]
-        needs = StepNeeds(
-            any(p.adjusts for p in asked),
-            any(p.keeps for p in asked),
-            any(p.logprobs for p in asked),
-            any(seq.params.prompt_logprobs is not None for seq, _, _ in tiles),
-        )
-        self.pool, self.slots, sampled = model_step(
-            self.params,
-            self.pool,
-            self.slots,
-            rows,
-            to_sample,
-            needs,
-            config=self.model_config,
-            attention=self.attention,
-            T=T,
-        )
-        return Call(tiles, [seq for _, seq in samples], needs, sampled)
-
-    def _collect(self, calls: list[Call]) -> list[Output]:
-        """Waits for a step's samples, and the pages that leave, and makes outputs of them."""
-        wait_for = [
-            (
-                c.sampled.token,
-                c.sampled.logprobs[: None if c.needs.top else 1],
-                c.sampled.prompt if c.needs.prompt else None,
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UserError(
+                "prompt is text, and this engine has no tokenizer: give it one, or token ids",
+                param="prompt",
             )
-            for c in calls
-        ]
-        results, pages = jax.device_get(
-            (wait_for, {key: self.swapped[key] for key in self.leaving})
+        return self.tokenizer.encode(prompt)
+
+    def _stop_ids(self, params: SamplingParams) -> set[int]:
+        """Return the tokens that end a sample."""
+        stop_ids = set(params.stop_token_ids)
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        if eos_id is not None and not params.ignore_eos:
+            stop_ids.add(eos_id)
+        return stop_ids
+
+    def _check(self, prompt: list[int], params: SamplingParams, stop_ids: set[int]) -> None:
+        """Raise UserError unless such a request can be served."""
+        require(
+            len(prompt) > 0,
+            "the prompt is empty: give it at least 1 token, for example the end-of-text token",
+            param="prompt",
         )
-        self.swapped |= pages
+        self._check_tokens(prompt, "prompt")
+        self._check_tokens(params.logit_bias, "logit_bias")
+        self._check_tokens(params.stop_token_ids, "stop_token_ids")
+        total = len(prompt) + params.max_tokens
+        size = self.model_config.block_size
+        require(
+            total <= size,
+            f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} make {total}, and the "
+            f"model's context is {size}: ask for fewer",
+        )  # no param: either of the two could be smaller
+        require(
+            self.tokenizer is not None or not params.stop,
+            "stop strings need an engine with a tokenizer",
+            param="stop",
+        )
+        biases = len(params.logit_bias) + len(stop_ids)
+        require(
+            biases <= MAX_BIASES,
+            f"logit_bias and stop tokens have {biases} entries, and {MAX_BIASES} fit",
+            param="logit_bias",
+        )
+
+    def _check_tokens(self, ids: Iterable[int], name: str) -> None:
+        """Raise UserError, about the field with this name, unless the vocabulary has all ids."""
+        last = self.model_config.vocab_size - 1
+        wrong = next((token for token in ids if not 0 <= token <= last), None)
+        require(
+            wrong is None,
+            f"{name} has token {wrong}, and the vocabulary ends at {last}",
+            param=name,
+        )
+
+    def _add_all(self, prompts: AnySequence[Prompt], params: list[SamplingParams]) -> list[int]:
+        """Queue a request for each prompt or, if one is refused, none. Return their ids."""
+        require(
+            not isinstance(prompts, str),
+            "prompts is one text: give a list of prompts, each of them text or token ids",
+            param="prompt",
+        )
+        require(
+            len(params) == len(prompts),
+            f"{len(prompts)} prompts and {len(params)} SamplingParams: give one or one for each",
+        )
+        ids: list[int] = []
+        try:
+            for prompt, p in zip(prompts, params, strict=True):
+                ids.append(self.add(prompt, p))
+        except ValueError:
+            for request_id in ids:
+                self.cancel(request_id)
+            raise
+        return ids
+
+    def _launch(self, plan: Plan) -> list[CallInFlight]:
+        """Start what the plan says, and return without waiting for it."""
+        self.runner.move_pages(plan)
+        for seq in plan.admitted:
+            self.runner.drop_swapped(seq.key)  # what it needs of them is back
+            self.runner.fill_slot(seq)
+            if seq.admitted_at is None:
+                seq.admitted_at = time.perf_counter()
+        started = []
+        if plan.tiles:
+            started.append(self.runner.prefill(plan.tiles, self._tables(plan.tiles), plan.samples))
+            self.prompt_tokens += sum(tile.length for tile in plan.tiles)
+        if plan.decodes:
+            started.append(self.runner.decode(plan.decodes, self._tables(plan.decodes)))
+        self.calls.update(call.shape for call in started)
+        return started
+
+    def _tables(self, rows: list[Row]) -> list[list[int]]:
+        """Return the page table of each row."""
+        return [self.blocks.tables[row.seq.key] for row in rows]
+
+    def _collect(self, calls: list[CallInFlight]) -> list[Output]:
+        """Wait for the results of calls and make outputs of them."""
         outputs = []
-        for call, (tokens, logprobs, prompt) in zip(calls, results):
-            for r, (seq, start, new) in enumerate(call.tiles if call.needs.prompt else []):
-                if seq.params.prompt_logprobs is not None:
-                    for t, token in enumerate(seq.prompt[start + 1 : start + new + 1]):
-                        seq.prompt_logprobs.append(
-                            self._logprobs(token, prompt, (r, t), seq.params.prompt_logprobs)
-                        )
-            for i, seq in enumerate(call.seqs):
-                if not seq.finished:
-                    token = int(tokens[i])
-                    outputs.append(
-                        self._output(
-                            seq, token, self._logprobs(token, logprobs, i, seq.params.logprobs)
-                        )
-                    )
+        for call, sampled in zip(calls, self.runner.fetch(calls), strict=True):
+            if sampled.prompt_scores is not None:
+                self._record_prompt_logprobs(call.rows, sampled.prompt_scores)
+            outputs += self._outputs(call, sampled)
         return outputs
 
-    def _logprobs(self, token: int, arrays: tuple, at, top: int | None) -> Logprobs | None:
-        if top is None:
-            return None
-        likeliest = zip(arrays[2][at].tolist()[:top], arrays[1][at].tolist()) if top else ()
-        return Logprobs(
-            token,
-            float(arrays[0][at]),
-            {t: p for t, p in likeliest if t < self.model_config.vocab_size},
-        )
+    def _record_prompt_logprobs(self, tiles: list[Row], scores: Scores) -> None:
+        """Append what tiles say of prompts whose logprobs were asked for. scores: (R, T, ...)."""
+        for i, (seq, start, length) in enumerate(tiles):
+            count = seq.params.prompt_logprobs
+            if count is None:
+                continue
+            # What follows the prompt's last token is not part of it.
+            following = seq.prompt[start + 1 : start + length + 1]
+            seq.prompt_logprobs += [
+                self._logprobs(token, scores, (i, t), count) for t, token in enumerate(following)
+            ]
+
+    def _outputs(self, call: CallInFlight, sampled: Sampled) -> list[Output]:
+        """Return the outputs of those that were sampled and still want tokens."""
+        outputs = []
+        for i, (_, seq) in enumerate(call.samples):
+            if seq.finished:  # while the call was in flight
+                continue
+            token = int(sampled.token[i])
+            logprobs = None
+            if seq.params.logprobs is not None:
+                logprobs = self._logprobs(token, sampled.scores, (i,), seq.params.logprobs)
+            outputs.append(self._output(seq, token, logprobs))
+        return outputs
+
+    def _logprobs(self, token: int, scores: Scores, index: tuple[int, ...], count: int) -> Logprobs:
+        """Return the logprobs of a token and of the `count` likeliest, at an index of scores."""
+        logprob = float(scores.logprob[index])
+        if count == 0:
+            return Logprobs(token, logprob, {})
+        assert scores.top_tokens is not None and scores.top_logprobs is not None
+        top_tokens = scores.top_tokens[index].tolist()[:count]
+        top_logprobs = scores.top_logprobs[index].tolist()[:count]
+        # A vocabulary of fewer tokens than alternatives: the rest are its padding.
+        vocab_size = self.model_config.vocab_size
+        pairs = zip(top_tokens, top_logprobs, strict=True)
+        return Logprobs(token, logprob, {t: p for t, p in pairs if t < vocab_size})
 
     def _output(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> Output:
-        params = seq.params
-        out = Output(*seq.key, [], "", None if params.logprobs is None else [], None, None)
-        if len(seq.times) == 2:
-            seq.times.append(time.perf_counter())
-            if params.prompt_logprobs is not None:
-                out.prompt_logprobs = seq.prompt_logprobs
-            if params.echo:
-                out.token_ids += seq.prompt
-                out.text += seq.text.push(seq.prompt, search=False) if seq.text else ""
-        if params.max_tokens > 0:
-            seq.tokens.append(token)
-            out.token_ids.append(token)
-            out.logprobs is None or out.logprobs.append(logprobs)
+        """Take in a new token of seq and return what it brings."""
+        output = empty_output(seq)
+        if seq.first_token_at is None:
+            seq.first_token_at = time.perf_counter()
+            add_prompt(output, seq)
+        if seq.params.max_tokens > 0:
+            add_token(output, seq, token, logprobs)
             self.generation_tokens += 1
-        made = len(seq.tokens) - seq.prompt_len
-        stopped = made > 0 and token in seq.stop_ids
-        last = stopped or made >= params.max_tokens
-        if seq.text:
-            out.text += seq.text.push(
-                [] if stopped or not made else [token], last=last, search=made >= params.min_tokens
-            )
-            stopped |= seq.text.stopped
-        if stopped or last:
-            out.finish_reason = "stop" if stopped else "length"
-            out.times = Times(*seq.times, time.perf_counter())
+        output.text += seq.take_text()
+        output.finish_reason = seq.finish_reason
+        if output.finish_reason is not None:
+            seq.finished_at = time.perf_counter()
+            output.times = seq.times()
             self._finish(seq)
-        return out
+        return output
 
     def _finish(self, seq: Sequence) -> None:
+        """End a sample, and its request if it is the last of it."""
         self.scheduler.finish(seq)
-        self.swapped.pop(seq.key, None)
-        seqs = self.requests.get(seq.key[0], [])
-        if all(s.finished for s in seqs):
-            self.requests.pop(seq.key[0], None)
+        self.runner.drop_swapped(seq.key)
+        request_id = seq.key.request_id
+        if all(sample.finished for sample in self.requests.get(request_id, [])):
+            self.requests.pop(request_id, None)
 
-    def _slot_row(self, seq: Sequence) -> Slots:
-        p, V = seq.params, self.model_config.vocab_size
-        tokens = np.zeros(self.model_config.block_size + 1, np.int32)
-        tokens[: len(seq.tokens)] = seq.tokens
-        banned = seq.stop_ids if p.min_tokens else ()
-        bias_ids, biases = (
-            np.full(MAX_BIASES, self.model_config.padded_vocab_size, np.int32),
-            np.zeros(MAX_BIASES, np.float32),
-        )
-        for i, (t, bias) in enumerate([*p.logit_bias.items(), *((t, -np.inf) for t in banned)]):
-            bias_ids[i], biases[i] = t, bias
-        i32, f32 = np.int32, np.float32
-        return Slots(
-            tokens,
-            i32(seq.prompt_len),
-            i32(seq.prompt_len + p.min_tokens),
-            np.array([p.seed >> 32 & 0xFFFFFFFF, p.seed & 0xFFFFFFFF], np.uint32),
-            i32(seq.key[1]),
-            f32(p.temperature),
-            i32(min(p.top_k or V, V)),
-            f32(p.top_p),
-            f32(p.min_p),
-            f32(p.repetition_penalty),
-            f32(p.frequency_penalty),
-            f32(p.presence_penalty),
-            bias_ids,
-            biases,
-        )
 
-    def _warm_up(self, progress: bool) -> tuple[list[int], list[int]]:
-        """Runs each program once, which compiles it. Returns the tiles to prefill and the rows to decode with, ascending: the
-        most that a step can have, and smaller powers of two down to the first whose logprobs have other bits."""
-        P, most = self.config.page_size, self.config.max_num_seqs
-        n = min(self.tiles, most, self.blocks.num_pages - 1)
-        rng = np.random.default_rng(0)
-        seqs = [
-            Sequence(
-                (0, 0),
-                rng.integers(self.model_config.vocab_size, size=P).tolist(),
-                SamplingParams(seed=0, logprobs=1),
-            )
-            for _ in range(n)
-        ]
-        empty = self._slot_row(Sequence((0, 0), [0], SamplingParams(seed=0)))
-        empty = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (most + 1)), empty)
-        self.slots = jax.device_put(empty, jax.devices()[0])
-        for slot, seq in enumerate(seqs):
-            seq.slot = slot
-            self.slots = seat(self.slots, slot, self._slot_row(seq))
+def empty_output(seq: Sequence) -> Output:
+    """Return an output of seq that brings nothing."""
+    return Output(
+        request_id=seq.key.request_id,
+        index=seq.key.sample,
+        token_ids=[],
+        text="",
+        logprobs=None if seq.params.logprobs is None else [],
+    )
 
-        def bits(R: int, T: int) -> list[np.ndarray]:
-            """Logprobs after all sequences' first P tokens, R rows of T new ones at a time, as integers."""
-            total = n if T == P else max(most, R)
-            calls = []
-            for start in range(0, total, R):
-                work = [(r % n, P - T, T, [r % n + 1]) for r in range(start, min(start + R, total))]
-                samples = [(row, seqs[slot]) for row, (slot, *_) in enumerate(work)]
-                logprobs = self._call(work, [], samples, R, T).sampled.logprobs
-                calls.append([np.asarray(a)[: len(work)].view(np.int32) for a in logprobs])
-            bar.update()
-            return [np.concatenate(arrays) for arrays in zip(*calls)]
 
-        def same_bits(sizes: list[int], T: int) -> list[int]:
-            expected = bits(sizes[0], T)
-            same = lambda R: all((a == b).all() for a, b in zip(bits(R, T), expected))
-            return [sizes[0], *itertools.takewhile(same, sizes[1:])][::-1]
+def add_prompt(output: Output, seq: Sequence) -> None:
+    """Add to a sample's first output what was asked for of the prompt."""
+    if seq.params.prompt_logprobs is not None:
+        output.prompt_logprobs = seq.prompt_logprobs
+    if seq.params.echo:
+        output.token_ids += seq.prompt
+        if seq.text_stream is not None:
+            output.text += seq.text_stream.push(seq.prompt, search=False)
 
-        below = lambda R, *sizes: [R, *(r for r in sizes if r < R)]
-        tiles = below(self.tiles, 512, 128, 32, 8, 2)
-        # A product with one row has bits of its own, and with bfloat16 a CPU is slow at it; 4 rows cost nearly what 8 do.
-        rows = below(
-            max(most, 1 if self.model_config.dtype == "float32" else 2),
-            512,
-            256,
-            128,
-            64,
-            32,
-            16,
-            8,
-            2,
-        )
-        with tqdm(total=1 + len(tiles) + len(rows), desc="compiling", disable=not progress) as bar:
-            self.pool = copy_page(
-                write_page(self.pool, 0, jax.device_get(read_page(self.pool, 0))), 0, 0
-            )
-            bar.update()
-            return same_bits(tiles, P), same_bits(rows, 1)
+
+def add_token(output: Output, seq: Sequence, token: int, logprobs: Logprobs | None) -> None:
+    """Record a new token, in the sequence and in its output."""
+    seq.tokens.append(token)
+    output.token_ids.append(token)
+    if output.logprobs is not None:
+        assert logprobs is not None, f"{seq.key} asked for logprobs and got none"
+        output.logprobs.append(logprobs)

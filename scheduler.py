@@ -1,180 +1,274 @@
 """Which sequences advance at each step, and by how many tokens: plain Python, no arrays.
 
-Read Scheduler.schedule. The pages a sequence needs are the BlockManager's; what the sequences' tokens are is the Engine's.
+Read Scheduler.schedule. Which pages a sequence has is the BlockManager's matter; what its tokens
+are is the Engine's.
 """
 
 import dataclasses
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from block_manager import BlockManager
+from block_manager import BlockManager, PageCopy
 from errors import require
-from sequence import SamplingParams, Sequence
+from sequence import SampleKey, SamplingParams, Sequence, State
+
+
+class SwapOut(NamedTuple):
+    """Pages of a preempted sequence, from its first on, that go to host memory."""
+
+    seq: Sequence
+    pages: list[int]
+
+
+class SwapIn(NamedTuple):
+    """Pages that a preempted sequence gets back from host memory."""
+
+    seq: Sequence
+    first: int
+    """How many pages of the sequence come before them; these were found in the prefix cache."""
+    pages: list[int]
+
+
+class Row(NamedTuple):
+    """One row of a model_step call: the tokens of seq at positions start to start + length - 1.
+
+    A row of prefill is a tile: one page of a prompt, or what the prompt's end leaves of it. A row
+    of decode is one token."""
+
+    seq: Sequence
+    start: int
+    length: int
+
+
+class Sample(NamedTuple):
+    """A token to be sampled: seq gets what follows the last token of a row."""
+
+    row: int
+    seq: Sequence
 
 
 @dataclass
 class Plan:
-    """What one step does, in the order in which the device must do it: pages are read before others write to them."""
+    """What one step does, in the order in which the device must do it.
 
-    swap_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # pages to host memory
-    copies: list[tuple[int, int]] = field(default_factory=list)  # from page, to page
-    swap_in: list[tuple[Sequence, int, list[int]]] = field(
-        default_factory=list
-    )  # first logical page, pages
-    admitted: list[Sequence] = field(default_factory=list)  # to write to their slots
-    tiles: list[tuple[Sequence, int, int]] = field(
-        default_factory=list
-    )  # prefill: start, number of tokens
-    samples: list[tuple[int, Sequence]] = field(
-        default_factory=list
-    )  # last tile of a prompt, who samples from it
-    decodes: list[Sequence] = field(default_factory=list)
+    Pages are read before others write to them."""
+
+    swap_out: list[SwapOut] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    swap_in: list[SwapIn] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)  # to be written to their slots
+    tiles: list[Row] = field(default_factory=list)  # prefill
+    samples: list[Sample] = field(default_factory=list)  # from the last tiles of prompts
+    decodes: list[Row] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, f.name) for f in dataclasses.fields(self))
 
 
 class Scheduler:
-    """First come, first served: requests are admitted in order of arrival, the prompt tokens of a step go to the oldest first,
-    and when pages run out the youngest leaves (its pages wait in host memory) and is the first to come back. So the oldest
-    always moves, and since it fits the pool alone, every request ends."""
+    """First come, first served.
+
+    Requests are admitted in order of arrival, the prompt tokens of a step go to the oldest first,
+    and when pages run out the youngest leaves (its pages wait in host memory) and is the first to
+    come back. So the oldest always moves, and since it fits the pool alone, every request ends."""
 
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, tiles: int, chunk_size: int):
-        """tiles: prompt pages per step, over all sequences; chunk_size: prompt tokens per step of one sequence."""
-        self.blocks, self.tiles, self.chunk_size = blocks, tiles, chunk_size
-        self.waiting: deque[Sequence] = deque()  # both in order of arrival
-        self.running: list[Sequence] = []
+        """Start with nobody in it.
+
+        tiles: prompt pages per step, over all sequences. chunk_size: prompt tokens per step of one
+        sequence."""
+        self.blocks = blocks
+        self.tiles = tiles
+        self.chunk_size = chunk_size
+        self.waiting: deque[Sequence] = deque()  # in order of arrival, like running
+        self.running: list[Sequence] = []  # not those that have yet to fork
         self.free_slots = list(range(max_num_seqs))
-        self.group_size = min(
-            tiles, max_num_seqs
-        )  # samples that can fork from one prompt: each needs a row to sample
+        # Samples that can fork from one prompt: each needs a slot, and a row to be sampled from.
+        self.group_size = min(tiles, max_num_seqs)
         self.preemptions = 0
 
     def add(self, prompt: list[int], params: SamplingParams, request_id: int) -> list[Sequence]:
-        """The n sequences of a request. Raises ValueError, with both numbers, if one could never fit the pool."""
-        most = max(
-            len(prompt), len(prompt) + params.max_tokens - 1
-        )  # the last token sampled is never read
-        pages = self.blocks.num_pages - 1
-        require(
-            self.blocks.pages_for(most) <= pages,
-            f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} need {self.blocks.pages_for(most)} pages of "
-            f"{self.blocks.page_size} tokens, and the pool has {pages}: ask for fewer tokens or give the KV cache more "
-            "memory",
-        )
-        seqs = [Sequence((request_id, i), prompt, params) for i in range(params.n)]
+        """Queue the n samples of a request and return them.
+
+        Raises UserError, with both numbers, if one of them could never fit the pool."""
+        self._require_fit(len(prompt), params.max_tokens)
+        seqs = [Sequence(SampleKey(request_id, i), prompt, params) for i in range(params.n)]
         for i in range(0, params.n, self.group_size):
-            seqs[i].followers = seqs[i + 1 : i + self.group_size]
-            self.waiting.append(seqs[i])
+            leader, *followers = seqs[i : i + self.group_size]
+            leader.followers = followers
+            self.waiting.append(leader)
         return seqs
 
     def schedule(self) -> Plan:
-        """Decides who advances by how much, and accounts for it as done."""
+        """Decide who advances by how much, and account for it as done."""
         plan = Plan()
-        for seq in [s for s in self.running if s.sampled and s.sampled >= s.params.max_tokens]:
-            self._release(
-                seq
-            )  # its last step is in flight: what is launched from now on may have its pages
+        self._release_fully_sampled()
         for seq in list(self.running):
-            if seq.slot is not None:  # else it was preempted by an older one
+            if seq.state is State.RUNNING:  # an older one may have preempted it in this loop
                 self._advance(seq, plan)
-        while not plan.swap_out and (seq := self._admit(plan)):
-            self._advance(seq, plan)
+        while not plan.swap_out:
+            newcomer = self._admit(plan)
+            if newcomer is None:
+                break
+            self._advance(newcomer, plan)
         return plan
 
     def finish(self, seq: Sequence) -> None:
-        """seq needs nothing any more, whatever state it is in; what of it is in flight is to be ignored."""
-        seq.finished = True
-        if seq in self.running:
-            self._release(seq)
-        elif seq in self.waiting:
+        """End seq, whatever its state, and the followers that have not forked from it yet.
+
+        Such a follower ends with its leader, never alone. What is in flight is to be ignored."""
+        if seq.state is State.RUNNING:
+            self._release(seq, State.FINISHED)
+        elif seq.state in (State.WAITING, State.PREEMPTED):
             self.waiting.remove(seq)
+        for member in seq.group:
+            member.state = State.FINISHED
+
+    def _require_fit(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raise UserError if a sample of such a request could never fit the pool, even alone."""
+        # The last token that is sampled is never read, so it needs no place in a page.
+        most_tokens = max(prompt_tokens, prompt_tokens + max_tokens - 1)
+        needed = self.blocks.pages_for(most_tokens)
+        pages = self.blocks.num_pages - 1  # without the null page
+        require(
+            needed <= pages,
+            f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} need {needed} pages of "
+            f"{self.blocks.page_size} tokens, and the pool has {pages}: ask for fewer tokens or "
+            "give the KV cache more memory",
+        )
+
+    def _release_fully_sampled(self) -> None:
+        """Take slots and pages from those whose last step is in flight.
+
+        The device works in order, so what is launched from now on may have them."""
+        for seq in [s for s in self.running if s.fully_sampled]:
+            self._release(seq, State.ENDING)
 
     def _advance(self, seq: Sequence, plan: Plan) -> None:
-        """Gives seq its next chunk of prefill or its next token, at the cost of the youngest if pages run out."""
-        end = self._chunk_end(seq, plan) if seq.prefilling else seq.computed + 1
-        while (copies := self.blocks.write(seq.key, seq.computed, end)) is None:
-            victim = self.running[-1]
-            self._preempt(victim, plan)
-            if victim is seq:
+        """Give seq its next chunk of prefill or its next token.
+
+        If pages run out, the youngest pay for it, even if that is seq itself."""
+        start = seq.num_computed
+        end = self._chunk_end(seq, plan) if seq.needs_prefill else start + 1
+        copies = self.blocks.write(seq.key, start, end)
+        while copies is None:
+            youngest = self.running[-1]
+            self._preempt(youngest, plan)
+            if youngest is seq:
                 return
+            copies = self.blocks.write(seq.key, start, end)
         plan.copies += copies
-        if seq.prefilling:
+        if seq.needs_prefill:
             self._prefill(seq, end, plan)
         else:
-            plan.decodes.append(seq)
-            seq.computed = end
-            seq.sampled += 1
+            self._decode(seq, plan)
 
     def _admit(self, plan: Plan) -> Sequence | None:
-        """Moves the first of the queue to running, if there are slots, prompt tiles and pages for it."""
+        """Move the first of the queue to running, if there are slots, tiles and pages for it."""
         if not self.waiting:
             return None
-        seq, blocks = self.waiting[0], self.blocks
-        group = [seq, *seq.followers]
-        if len(group) > len(self.free_slots) or (seq.prefilling and len(plan.tiles) == self.tiles):
+        seq = self.waiting[0]
+        tiles_used_up = len(plan.tiles) == self.tiles
+        if len(seq.group) > len(self.free_slots) or (seq.needs_prefill and tiles_used_up):
             return None
-        # Logprobs of prompt tokens have to be computed, so a prefix found in the cache is of no use for them.
-        hit = blocks.open(seq.key, seq.prompt, use_cache=seq.params.prompt_logprobs is None)
-        need = blocks.pages_for(max(seq.prompt_len, seq.computed + 1)) - len(blocks.tables[seq.key])
-        promised = sum(
-            max(0, blocks.pages_for(s.prompt_len) - len(blocks.tables[s.key])) for s in self.running
-        )
-        # One page more for each sequence that runs: else their next tokens would preempt this one at once.
-        if need + promised + len(self.running) > blocks.num_free:
-            blocks.free(seq.key)
+        # Logprobs of prompt tokens must be computed: a prefix found in the cache is no use for
+        # them.
+        use_cache = seq.params.prompt_logprobs is None
+        hit = self.blocks.open(seq.key, seq.prompt, use_cache)
+        if not self._has_pages_for(seq):
+            self.blocks.free(seq.key)
             return None
-        if seq.computed > hit:  # it was preempted
-            blocks.write(seq.key, hit, seq.computed)
-            plan.swap_in.append(
-                (seq, blocks.pages_for(hit), blocks.tables[seq.key][blocks.pages_for(hit) :])
-            )
-        else:
-            blocks.count_hits(seq.prompt_len, hit)
-            seq.computed = hit
-        for s in group:
-            s.slot = self.free_slots.pop()
-        plan.admitted += group
+        self._bring_back(seq, hit, plan)
+        for member in seq.group:
+            member.slot = self.free_slots.pop()
+            member.state = State.RUNNING
+        plan.admitted += seq.group
         self.running.append(self.waiting.popleft())
         return seq
 
+    def _has_pages_for(self, seq: Sequence) -> bool:
+        """Return whether there are pages for all that seq, which has a table, is about to need."""
+        tokens = max(seq.prompt_len, seq.num_computed + 1)
+        needed = self._pages_missing(seq, tokens)
+        promised = sum(max(0, self._pages_missing(s, s.prompt_len)) for s in self.running)
+        # One page for each that runs: else their next tokens would preempt the newcomer at once.
+        spare = len(self.running)
+        return needed + promised + spare <= self.blocks.num_free
+
+    def _pages_missing(self, seq: Sequence, tokens: int) -> int:
+        """Return how many pages more seq needs for so many tokens; negative if it has too many."""
+        return self.blocks.pages_for(tokens) - len(self.blocks.tables[seq.key])
+
+    def _bring_back(self, seq: Sequence, hit: int, plan: Plan) -> None:
+        """Settle what of a newcomer is computed; the prefix cache holds its first `hit` tokens.
+
+        A preempted sequence gets its other pages back from host memory, unless the cache, which
+        other prompts go on filling, holds as many tokens by now."""
+        blocks = self.blocks
+        if seq.num_computed > hit:
+            blocks.write(seq.key, hit, seq.num_computed)
+            first = blocks.pages_for(hit)
+            plan.swap_in.append(SwapIn(seq, first, blocks.tables[seq.key][first:]))
+        else:
+            blocks.count_hits(seq.prompt_len, hit)
+            seq.num_computed = hit
+
     def _chunk_end(self, seq: Sequence, plan: Plan) -> int:
-        """Where this step's chunk of seq's prompt ends: at the end of a page, or of the prompt."""
-        room = (self.tiles - len(plan.tiles)) * self.blocks.page_size
-        end = min(seq.computed + min(self.chunk_size, room), seq.prompt_len)
-        if end == seq.prompt_len and len(plan.samples) + 1 + len(seq.followers) > self.tiles:
-            end = (
-                (end - 1) // self.blocks.page_size * self.blocks.page_size
-            )  # no row left to sample from its last tile
+        """Return where this step's chunk of seq's prompt ends: with a page, or with the prompt."""
+        page_size = self.blocks.page_size
+        room = (self.tiles - len(plan.tiles)) * page_size
+        end = min(seq.num_computed + min(self.chunk_size, room), seq.prompt_len)
+        samples = len(plan.samples) + len(seq.group)
+        if end == seq.prompt_len and samples > self.tiles:
+            # No row is left to sample from the last tile: it has to wait for the next step.
+            end = (end - 1) // page_size * page_size
         return end
 
     def _prefill(self, seq: Sequence, end: int, plan: Plan) -> None:
-        P = self.blocks.page_size
-        plan.tiles += [(seq, start, min(P, end - start)) for start in range(seq.computed, end, P)]
-        seq.computed = end
+        """Plan the tiles that bring seq's prompt to `end`, and its samples if that completes it."""
+        page_size = self.blocks.page_size
+        for start in range(seq.num_computed, end, page_size):
+            plan.tiles.append(Row(seq, start, min(page_size, end - start)))
+        seq.num_computed = end
         self.blocks.filled(seq.key, seq.prompt, end)
-        if not seq.prefilling:
-            at = self.running.index(seq) + 1
-            for s in seq.followers:
-                self.blocks.fork(seq.key, s.key)
-                s.computed = end
-            for s in (seq, *seq.followers):
-                s.sampled = 1
-                plan.samples.append((len(plan.tiles) - 1, s))
-            self.running[at:at] = seq.followers
-            seq.followers = []
+        if not seq.needs_prefill:
+            last_tile = len(plan.tiles) - 1
+            for member in seq.group:
+                member.num_sampled = 1
+                plan.samples.append(Sample(last_tile, member))
+            self._fork(seq)
+
+    def _fork(self, seq: Sequence) -> None:
+        """Give seq's followers the prompt that it has computed, and let them run on their own.
+
+        They stand right behind it: they arrived together."""
+        for follower in seq.followers:
+            self.blocks.fork(seq.key, follower.key)
+            follower.num_computed = seq.num_computed
+        behind = self.running.index(seq) + 1
+        self.running[behind:behind] = seq.followers
+        seq.followers = []
+
+    def _decode(self, seq: Sequence, plan: Plan) -> None:
+        """Plan the row that reads seq's newest token and samples the next."""
+        plan.decodes.append(Row(seq, seq.num_computed, 1))
+        seq.num_computed += 1
+        seq.num_sampled += 1
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
-        plan.swap_out.append(
-            (seq, self.blocks.tables[seq.key][: self.blocks.pages_for(seq.computed)])
-        )
-        self._release(seq)
+        """Take slots and pages from seq and its followers, and put it at the head of the queue."""
+        used = self.blocks.pages_for(seq.num_computed)
+        plan.swap_out.append(SwapOut(seq, self.blocks.tables[seq.key][:used]))
+        self._release(seq, State.PREEMPTED)
         self.waiting.appendleft(seq)
         self.preemptions += 1
 
-    def _release(self, seq: Sequence) -> None:
+    def _release(self, seq: Sequence, state: State) -> None:
+        """Take slots and pages from seq and its followers, and leave them in the given state."""
         self.running.remove(seq)
         self.blocks.free(seq.key)
-        for s in (seq, *seq.followers):
-            self.free_slots.append(s.slot)
-            s.slot = None
+        for member in seq.group:
+            self.free_slots.append(member.occupied_slot)
+            member.slot = None
+            member.state = state

@@ -1,65 +1,102 @@
-"""One request in the engine's books: how to sample it, where it stands, what it has given out. No arrays, no JAX."""
+"""One sample of a request in the engine's books: its parameters, its state and its outputs.
+
+Plain Python, no arrays, no JAX. Read SamplingParams for what a request may ask for, Sequence for
+what is known of one sample while it is made, and Output for what leaves the engine.
+"""
 
 import dataclasses
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import Enum, auto
+from typing import Literal, NamedTuple
 
 from errors import require
 from tokenizer import StreamDecoder, Tokenizer
 
-MAX_LOGPROBS = 20  # alternatives that can be reported per token
+INFINITY = float("inf")
 
+MAX_LOGPROBS = 20
+"""Alternatives that can be reported per token: the width of an array that each step computes."""
 
-MAX_BIASES = 512  # entries of logit_bias, and tokens banned by min_tokens, of one request
+MAX_BIASES = 512
+"""Entries of one request's logit_bias, plus the tokens that min_tokens bans: a column each."""
+
+LARGEST_LOGIT_CHANGE = 1e4
+"""Largest bias, penalty and temperature: far beyond any logit, and far from overflow in float32."""
+
+FinishReason = Literal["stop", "length"]
+
+CLOSED_RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (0, INFINITY),
+    "n": (1, INFINITY),
+    "min_p": (0, 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "top_k": (1, INFINITY),
+    "frequency_penalty": (-LARGEST_LOGIT_CHANGE, LARGEST_LOGIT_CHANGE),
+    "presence_penalty": (-LARGEST_LOGIT_CHANGE, LARGEST_LOGIT_CHANGE),
+    "temperature": (0, LARGEST_LOGIT_CHANGE),
+    "seed": (-(2**63), 2**63 - 1),
+}
+"""Smallest and largest allowed value of fields of SamplingParams; None is not checked."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. With l the model's logits, what is sampled from is made in this order:
+    """How to continue a prompt.
 
-    logit_bias, min_tokens -> repetition, frequency and presence penalty -> temperature -> top_k -> top_p -> min_p, each on
-    what the one before it left. Reported logprobs are log softmax(l): the model's, before any of these."""
+    The distribution that a token is drawn from is made of the model's logits in this order:
+    logit_bias and min_tokens; repetition, frequency and presence penalty; temperature; top_k;
+    top_p; min_p. Each works on what the one before it left. Reported logprobs are the model's own:
+    the log softmax of its logits before any of these."""
 
     max_tokens: int = 16
-    """new tokens at most; 0 only together with prompt_logprobs or echo"""
+    """The largest number of new tokens; 0 only together with prompt_logprobs or echo."""
     min_tokens: int = 0
-    """before so many new tokens the end-of-text token and stop_token_ids have l = -inf, and stop strings are not looked for"""
+    """Until there are so many new tokens, the end-of-text token and stop_token_ids have probability
+    0, and stop strings are not looked for."""
     temperature: float = 1.0
-    """l / temperature; 0 takes the likeliest token"""
+    """Divides the logits; 0 takes the likeliest token."""
     top_k: int | None = None
-    """keep the k largest l (Fan et al. 2018); equals of the smallest kept are kept, here and below; None keeps all"""
+    """Keeps the k largest logits (Fan et al. 2018), and those that equal the smallest of them; so
+    do top_p and min_p. None keeps all."""
     top_p: float = 1.0
-    """keep the smallest set of largest l whose probability is at least p (nucleus, Holtzman et al. 2020)"""
+    """Keeps the smallest set of likeliest tokens whose probability is at least p (nucleus sampling,
+    Holtzman et al. 2020)."""
     min_p: float = 0.0
-    """keep tokens at least min_p times as probable as the likeliest (Nguyen et al. 2024)"""
+    """Keeps tokens at least min_p times as probable as the likeliest (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """of tokens in the prompt or generated: l / penalty where l > 0, l * penalty elsewhere (CTRL, Keskar et al. 2019)"""
+    """Divides positive logits, and multiplies negative ones, of tokens that are in the prompt or
+    were generated (CTRL, Keskar et al. 2019)."""
     frequency_penalty: float = 0.0
-    """l - penalty * (how often the token was generated) (OpenAI API reference)"""
+    """Is subtracted from a token's logit each time it is generated (OpenAI API reference)."""
     presence_penalty: float = 0.0
-    """l - penalty, if the token was generated (OpenAI API reference)"""
+    """Is subtracted once from the logit of each token that was generated (OpenAI API reference)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """added to l, by token id (OpenAI API reference)"""
+    """Is added to the logits, by token id (OpenAI API reference)."""
     seed: int | None = None
-    """the token at a position is a function of (seed, index of the sample, position, distribution); None draws a seed"""
+    """The token at a position is a function of the seed, the sample's index, the position and the
+    distribution. None draws a seed."""
     stop: tuple[str, ...] = ()
-    """text that ends a sample, and is cut off"""
+    """Texts that end a sample, and are cut off."""
     stop_token_ids: tuple[int, ...] = ()
-    """tokens that end a sample; they are in token_ids, not in the text"""
+    """Tokens that end a sample; they are in its token_ids, not in its text."""
     ignore_eos: bool = False
-    """go on after the tokenizer's end-of-text token"""
+    """Whether to go on after the tokenizer's end-of-text token."""
     n: int = 1
-    """samples per prompt"""
+    """Samples per prompt."""
     logprobs: int | None = None
-    """report the logprob of each new token and of so many likeliest ones"""
+    """Number of likeliest tokens reported beside each new token's logprob; None reports nothing."""
     prompt_logprobs: int | None = None
-    """the same for the prompt's tokens; its first has none"""
+    """Number of likeliest tokens reported beside the logprob of each prompt token but the first;
+    None reports nothing."""
     echo: bool = False
-    """outputs begin with the prompt"""
+    """Whether outputs begin with the prompt."""
 
     @property
     def adjusts(self) -> bool:
-        """Whether it changes logits before the temperature does."""
+        """Whether this changes logits before the temperature does."""
         return bool(
             self.logit_bias
             or self.min_tokens
@@ -69,57 +106,60 @@ class SamplingParams:
         )
 
     @property
-    def keeps(self) -> bool:
-        """Whether it leaves out tokens."""
-        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0)
+    def restricts(self) -> bool:
+        """Whether this leaves out tokens by top_k, top_p or min_p."""
+        leaves_out = self.top_k is not None or self.top_p < 1 or self.min_p > 0
+        return self.temperature > 0 and leaves_out
 
-    def __post_init__(self):
-        infinity = float("inf")
-        for name, low, high in (
-            ("max_tokens", 0, infinity),
-            ("min_tokens", 0, self.max_tokens),
-            ("n", 1, infinity),
-            ("min_p", 0, 1),
-            ("logprobs", 0, MAX_LOGPROBS),
-            ("prompt_logprobs", 0, MAX_LOGPROBS),
-            ("top_k", 1, infinity),
-            ("frequency_penalty", -1e4, 1e4),
-            ("presence_penalty", -1e4, 1e4),
-            ("temperature", 0, 1e4),
-            ("seed", -(2**63), 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            require(
-                value is None or low <= value <= high,
-                f"{name}={value} must be from {low} to {high}",
-            )
-        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+    def __post_init__(self) -> None:
+        """Raise UserError, with the field's name as param, where a value is out of its range."""
+        for name, (low, high) in CLOSED_RANGES.items():
+            self._require_range(name, low, high)
+        self._require_range("min_tokens", 0, self.max_tokens)
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]", param="top_p")
         require(
-            0 < self.repetition_penalty <= 1e4,
+            0 < self.repetition_penalty <= LARGEST_LOGIT_CHANGE,
             f"repetition_penalty={self.repetition_penalty} must be in (0, 1e4]",
+            param="repetition_penalty",
         )
         require(
-            all(abs(b) <= 1e4 for b in self.logit_bias.values()),
+            all(abs(bias) <= LARGEST_LOGIT_CHANGE for bias in self.logit_bias.values()),
             "each logit_bias must be from -1e4 to 1e4",
+            param="logit_bias",
         )
         require(
             not isinstance(self.stop, str) and all(self.stop),
             "stop must be a sequence of strings, none of them empty",
+            param="stop",
         )
         require(
             self.max_tokens > 0 or self.prompt_logprobs is not None or self.echo,
-            "max_tokens=0 returns nothing: ask for prompt_logprobs or echo, or for at least 1 token",
+            "max_tokens=0 returns nothing: ask for prompt_logprobs or echo, or for at least 1 "
+            "token",
+            param="max_tokens",
         )
+
+    def _require_range(self, name: str, low: float, high: float) -> None:
+        """Raise UserError unless the field is None or in [low, high]. NaN is in no range."""
+        value = getattr(self, name)
+        in_range = value is None or low <= value <= high
+        require(in_range, f"{name}={value} must be from {low} to {high}", param=name)
+
+
+DEFAULT_PARAMS = SamplingParams()
 
 
 class Logprobs(NamedTuple):
+    """What the model thought of one token."""
+
     token: int
     logprob: float
-    top: dict[int, float]  # the likeliest tokens and their logprobs, as many as were asked for
+    top: dict[int, float]
+    """The likeliest tokens and their logprobs, likeliest first, as many as were asked for."""
 
 
 class Times(NamedTuple):
-    """Seconds of time.perf_counter()."""
+    """When things happened to a sample, in seconds of time.perf_counter()."""
 
     added: float
     admitted: float
@@ -129,77 +169,206 @@ class Times(NamedTuple):
 
 @dataclass
 class Output:
-    """What one step has brought one sample; `generate` returns the sum over all steps."""
+    """What one step has brought one sample; Engine.generate returns the sum over all steps."""
 
     request_id: int
-    index: int  # of the sample, 0 to n - 1
+    index: int
+    """Number of the sample in its request, 0 to n - 1."""
     token_ids: list[int]
-    text: str  # what became certain: withheld while it could begin a stop string
-    logprobs: list[Logprobs] | None  # one per new token
-    prompt_logprobs: list[Logprobs | None] | None  # on a sample's first output
-    finish_reason: str | None  # "stop" or "length" on the last output
-    times: Times | None = None  # on the last output
+    text: str
+    """What became certain: text is withheld while it could begin a stop string."""
+    logprobs: list[Logprobs] | None
+    """One for each new token, if they were asked for."""
+    prompt_logprobs: list[Logprobs | None] | None = None
+    """One for each token of the prompt, if they were asked for; on a sample's first output."""
+    finish_reason: FinishReason | None = None
+    """Why the sample has ended; on its last output."""
+    times: Times | None = None
+    """On a sample's last output."""
 
     def __add__(self, later: "Output") -> "Output":
+        """Return this output and a later one of the same sample as one."""
+        logprobs = self.logprobs
+        if logprobs is not None:
+            assert later.logprobs is not None, "logprobs are reported for some of a sample's tokens"
+            logprobs = logprobs + later.logprobs
         return dataclasses.replace(
             later,
             token_ids=self.token_ids + later.token_ids,
             text=self.text + later.text,
-            logprobs=None if self.logprobs is None else self.logprobs + later.logprobs,
+            logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
         )
 
 
 class TextStream:
-    """The text of one sample, given out as it becomes certain: nothing that could still turn out to begin a stop string."""
+    """The text of one sample, given out as it becomes certain.
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self.decoder, self.stop = StreamDecoder(tokenizer), stop
-        self.held = ""
-        self.stopped = False
+    What could still turn out to be the beginning of a stop string is withheld."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: tuple[str, ...]):
+        self.decoder = StreamDecoder(tokenizer)
+        self.stop_strings = stop_strings
+        self.withheld = ""
+        self.stopped = False  # whether a stop string was found
 
     def push(self, tokens: list[int], last: bool = False, search: bool = True) -> str:
-        """What became certain with these tokens; after the last ones that is all, up to the first stop string found."""
-        text = self.held + self.decoder.push(tokens) + (self.decoder.finish() if last else "")
-        stop = self.stop if search else ()
-        found = [at for s in stop if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        most = (
-            0
-            if last
-            else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        )
-        self.held = text[len(text) - most :]
-        return text[: len(text) - most]
+        """Return the text that became certain with these tokens.
+
+        After the last tokens that is all there is, up to the first stop string. Without search,
+        stop strings are ordinary text."""
+        text = self.withheld + self.decoder.push(tokens)
+        if last:
+            text += self.decoder.finish()
+        stop_strings = self.stop_strings if search else ()
+        end = first_occurrence(text, stop_strings)
+        if end is not None:
+            self.stopped = True
+            self.withheld = ""
+            return text[:end]
+        doubtful = 0 if last else longest_beginning(text, stop_strings)
+        certain = len(text) - doubtful
+        self.withheld = text[certain:]
+        return text[:certain]
+
+
+def first_occurrence(text: str, strings: Iterable[str]) -> int | None:
+    """Return where the first of the strings that text contains begins; None if it contains none."""
+    positions = [text.find(string) for string in strings]
+    return min((position for position in positions if position >= 0), default=None)
+
+
+def longest_beginning(text: str, strings: Iterable[str]) -> int:
+    """Return how many characters at the end of text may be the beginning of one of the strings."""
+    longest = 0
+    for string in strings:
+        for length in range(longest + 1, len(string)):
+            if text.endswith(string[:length]):
+                longest = length
+    return longest
+
+
+class State(Enum):
+    """Where a sample stands. The scheduler alone moves it from one state to another.
+
+    WAITING, RUNNING, then PREEMPTED and RUNNING again as often as pages run out, then ENDING and
+    FINISHED. A stop token, a stop string or a cancelled request ends it from any of them."""
+
+    WAITING = auto()
+    """It is in the queue, or its leader is. It holds nothing."""
+    RUNNING = auto()
+    """It holds a slot; and pages, unless it waits for its leader to compute the prompt."""
+    PREEMPTED = auto()
+    """It is in the queue again, or its leader is. Its pages are in host memory."""
+    ENDING = auto()
+    """The step that samples its last token is in flight; its slot and pages are free for others."""
+    FINISHED = auto()
+    """It needs nothing any more. Tokens of it that are still in flight are ignored."""
+
+
+class SampleKey(NamedTuple):
+    """Names one sample among all that an engine ever makes."""
+
+    request_id: int
+    sample: int
+    """Its number in the request, 0 to n - 1."""
 
 
 class Sequence:
-    """One sample of a request, in numbers of tokens: no arrays."""
+    """One sample of a request, in numbers of tokens.
 
-    def __init__(self, key: tuple[int, int], prompt: list[int], params: SamplingParams):
-        self.key, self.params = key, params
-        self.tokens, self.prompt_len = list(prompt), len(prompt)
-        self.computed = (
-            0  # tokens whose keys and values are in pages, once the steps in flight are done
-        )
-        self.sampled = 0  # new tokens, once the steps in flight are done; `tokens` lags behind
+    The samples of a prompt are computed in groups: a leader computes the prompt, then its followers
+    fork from it, which means that they share its pages."""
+
+    def __init__(self, key: SampleKey, prompt: list[int], params: SamplingParams):
+        self.key = key
+        self.params = params
+        self.tokens = list(prompt)  # the prompt and the new tokens that have reached the host
+        self.prompt_len = len(prompt)
+        # The scheduler's part. Both numbers are as they will be once the steps in flight are done.
+        self.state = State.WAITING
+        self.num_computed = 0  # tokens whose keys and values are in pages
+        self.num_sampled = 0  # new tokens; `tokens` lags behind
         self.slot: int | None = None
-        self.followers: list[
-            Sequence
-        ] = []  # samples that fork from this one when its prompt is computed
-        self.finished = False
-        # What the engine needs to make outputs.
+        self.followers: list[Sequence] = []  # those that have not forked yet
+        # The engine's part: what it needs to make outputs.
         self.stop_ids: set[int] = set()
-        self.text: TextStream | None = None
-        self.prompt_logprobs: list[Logprobs | None] = []
-        self.times: list[float] = []
+        self.text_stream: TextStream | None = None
+        self.prompt_logprobs: list[Logprobs | None] = [None]  # the prompt's first token has none
+        self.added_at = time.perf_counter()  # seconds, like the next three
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
 
     @property
     def prompt(self) -> list[int]:
+        """The prompt's tokens, as a list of its own."""
         return self.tokens[: self.prompt_len]
 
     @property
-    def prefilling(self) -> bool:
-        return self.computed < self.prompt_len
+    def group(self) -> list["Sequence"]:
+        """This sequence and the followers that will fork from it."""
+        return [self, *self.followers]
+
+    @property
+    def occupied_slot(self) -> int:
+        """Its slot, which it must have."""
+        assert self.slot is not None, f"{self.key} has no slot: it is {self.state.name}"
+        return self.slot
+
+    @property
+    def finished(self) -> bool:
+        """Whether it needs nothing any more."""
+        return self.state is State.FINISHED
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether tokens of the prompt are left to compute."""
+        return self.num_computed < self.prompt_len
+
+    @property
+    def fully_sampled(self) -> bool:
+        """Whether the step that samples its last token was launched.
+
+        One token is sampled even for max_tokens=0, where the prompt alone is of interest."""
+        return self.num_sampled >= max(1, self.params.max_tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """New tokens that have reached the host."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether its newest token is one that ends a sample."""
+        return self.num_generated > 0 and self.tokens[-1] in self.stop_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ends with its newest token, judged after take_text; None if it goes on."""
+        ended_by_text = self.text_stream is not None and self.text_stream.stopped
+        if self.ended_by_token or ended_by_text:
+            return "stop"
+        if self.num_generated >= self.params.max_tokens:
+            return "length"
+        return None
+
+    def take_text(self) -> str:
+        """Decode the newest token and return the text that became certain. Call it once a token.
+
+        A token that ends the sample is not part of the text."""
+        if self.text_stream is None:
+            return ""
+        has_text = self.num_generated > 0 and not self.ended_by_token
+        return self.text_stream.push(
+            self.tokens[-1:] if has_text else [],
+            last=self.ended_by_token or self.num_generated >= self.params.max_tokens,
+            search=self.num_generated >= self.params.min_tokens,
+        )
+
+    def times(self) -> Times:
+        """Return when things happened to it, once it has finished."""
+        assert self.admitted_at is not None, f"{self.key} was never admitted"
+        assert self.first_token_at is not None, f"{self.key} never had a token"
+        assert self.finished_at is not None, f"{self.key} has not finished"
+        return Times(self.added_at, self.admitted_at, self.first_token_at, self.finished_at)

@@ -1,0 +1,495 @@
+"""What an engine has on the device, and the compiled programs that work on it.
+
+Read model_step, then ModelRunner, then Probe, which chooses the sizes of calls at start-up. Shapes:
+see model.py and paged_attention.py; here `R` rows of a call with `T` new tokens each, `S` rows to
+sample from, `M` pages of the longest sequence, `K` alternatives reported per token.
+
+The same bits: a row of a call gets the same numbers whatever its slot and the other rows are, but
+only in calls of one shape, or of shapes that sum in the same order. So there are few shapes: (R, P)
+for prompts, a page of tokens in each row, and (R, 1) for generated tokens; and of the possible R
+only those that Probe found to give the bits of the largest.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from config import EngineConfig, GPTConfig
+from model import GPT, Params
+from paged_attention import PagedKVCache, num_pages_for
+from sampling import Slots, StepNeeds, sample_tokens, seed_words
+from scheduler import Plan, Row, Sample
+from sequence import MAX_BIASES, MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
+
+Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
+HostOrDevice = jax.Array | np.ndarray
+
+SLOT, CONTEXT_LEN, NEW_LEN, PAGE_TABLE = range(4)
+"""Columns of a packed row: slot, tokens in the pages, new tokens; the page table is the rest."""
+
+TILE_COUNTS = (512, 128, 32, 8, 2)
+"""Sizes of a prefill call to try besides the largest. Each is a program to compile, so few."""
+
+ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 2)
+"""Sizes of a decode call to try besides the largest. A product with one row has bits of its own,
+and 4 rows cost nearly what 8 do."""
+
+
+class Scores(NamedTuple):
+    """Logprobs of tokens, and of the likeliest in their places; None if nobody asked for these."""
+
+    logprob: HostOrDevice  # (...)
+    top_logprobs: HostOrDevice | None  # (..., K) descending
+    top_tokens: HostOrDevice | None  # (..., K) int32
+
+
+class Sampled(NamedTuple):
+    """What model_step returns of the tokens that it sampled."""
+
+    token: HostOrDevice  # (S,) int32
+    scores: Scores  # (S, ...)
+    prompt_scores: Scores | None  # (R, T, ...) of the token that follows each token of a prompt
+
+
+@partial(jax.jit, static_argnames=("config", "attention", "T"), donate_argnames=("pool", "slots"))
+def model_step(
+    params: Params,
+    pool: Pool,
+    slots: Slots,
+    rows: jax.Array,
+    samples: jax.Array,
+    needs: StepNeeds,
+    *,
+    config: GPTConfig,
+    attention: str,
+    T: int,
+) -> tuple[Pool, Slots, Sampled]:
+    """Advance each row by up to T tokens and sample what follows. `pool` and `slots` are donated.
+
+    rows (R, 3 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), page table;
+    the tokens are read from the slots. samples (S, 2) int32: row after whose last new token to
+    sample, and slot that gets the sample as its next token."""
+    model = nnx.merge(inference_graphdef(config), params)
+    slot, context_len, new_len = rows[:, SLOT], rows[:, CONTEXT_LEN], rows[:, NEW_LEN]
+    cache = PagedKVCache(*pool, rows[:, PAGE_TABLE:], context_len, new_len, attention)
+    position = context_len[:, None] + jnp.arange(T)  # (R, T)
+    x, cache = model.hidden(slots.tokens[slot[:, None], position], cache)  # (R, T, C)
+
+    row, sample_slot = samples[:, 0], samples[:, 1]
+    last = x[row, jnp.maximum(new_len[row], 1) - 1]  # (S, C)
+    sample_position = context_len[row] + new_len[row]  # (S,)
+    logits = model.logits(last[:, None])[:, 0]  # (S, V)
+    token = sample_tokens(logits, slots, sample_slot, sample_position, needs)
+    scores = score_samples(logits, token, needs)
+    prompt_scores = None
+    if T > 1:
+        next_token = slots.tokens[rows[:, :1], position + 1]
+        score = partial(score_prompts, model)
+        prompt_scores = compute_if(needs.prompt_logprobs, score, x, next_token)
+    tokens = slots.tokens.at[sample_slot, sample_position].set(token)
+    slots = dataclasses.replace(slots, tokens=tokens)
+    return (cache.k_pages, cache.v_pages), slots, Sampled(token, scores, prompt_scores)
+
+
+def score_samples(logits: jax.Array, token: jax.Array, needs: StepNeeds) -> Scores:
+    """logits (S, V), token (S,) -> Scores, whose alternatives are 0 unless some row needs them."""
+    normalizer = log_normalizer(logits)
+    logprob = logprob_of(token, logits, normalizer)
+    return Scores(logprob, *compute_if(needs.top_logprobs, likeliest, logits, normalizer))
+
+
+def score_prompts(model: GPT, x: jax.Array, next_token: jax.Array) -> Scores:
+    """x (R, T, C), next_token (R, T) -> Scores (R, T, ...) of these tokens, and of the likeliest.
+
+    Tile by tile, so that logits exist for one page of tokens at a time."""
+
+    def score_tile(x_and_token: tuple[jax.Array, jax.Array]) -> Scores:
+        x, token = x_and_token
+        logits = model.logits(x[None])[0]  # (T, V)
+        normalizer = log_normalizer(logits)
+        logprob = logprob_of(token, logits, normalizer)
+        return Scores(logprob, *likeliest(logits, normalizer))
+
+    return jax.lax.map(score_tile, (x, next_token))
+
+
+def log_normalizer(logits: jax.Array) -> jax.Array:
+    """(..., V) -> (..., 1): what log softmax subtracts."""
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def logprob_of(token: jax.Array, logits: jax.Array, normalizer: jax.Array) -> jax.Array:
+    """token (...), logits (..., V), normalizer (..., 1) -> log softmax of the token (...)."""
+    return (jnp.take_along_axis(logits, token[..., None], -1) - normalizer)[..., 0]
+
+
+def likeliest(logits: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """logits (..., V), normalizer (..., 1) -> logprobs and ids (..., K) of the likeliest tokens."""
+    largest, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return largest - normalizer, ids
+
+
+def compute_if(needed: jax.Array | bool, function: Callable, *args: jax.Array) -> Any:
+    """Return function(*args) if it is needed; else zeros of the same shapes, at no cost."""
+
+    def zeros(*args: jax.Array) -> Any:
+        result = jax.eval_shape(function, *args)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)
+
+    return jax.lax.cond(needed, function, zeros, *args)
+
+
+@lru_cache
+def inference_graphdef(config: GPTConfig) -> nnx.GraphDef:
+    """Return the static half of GPT.for_inference.
+
+    It is looked up by config, whose hash costs less than that of the graph at each call."""
+    abstract = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).for_inference())
+    return nnx.split(abstract)[0]
+
+
+@partial(jax.jit, donate_argnums=0)
+def write_slot(slots: Slots, slot: int, row: Slots) -> Slots:
+    """Put what the device needs to know of a sequence into a slot. `slots` is donated."""
+    return jax.tree.map(lambda all_, one: all_.at[slot].set(one), slots, row)
+
+
+@jax.jit
+def read_page(pool: Pool, page: int) -> Pool:
+    """Return the keys and values of one page: (L, H, P, D) each."""
+    return jax.tree.map(lambda pages: pages[:, page], pool)
+
+
+@partial(jax.jit, donate_argnums=0)
+def write_page(pool: Pool, page: int, keys_and_values: Pool) -> Pool:
+    """Put what read_page returned into a page. `pool` is donated."""
+    return jax.tree.map(lambda pages, one: pages.at[:, page].set(one), pool, keys_and_values)
+
+
+@partial(jax.jit, donate_argnums=0)
+def copy_page(pool: Pool, source: int, target: int) -> Pool:
+    """Copy the keys and values of one page to another. `pool` is donated."""
+    return jax.tree.map(lambda pages: pages.at[:, target].set(pages[:, source]), pool)
+
+
+def compiled_programs() -> int:
+    """Return how many programs are compiled, for all engines of this process."""
+    functions: tuple[Any, ...] = (model_step, write_slot, read_page, write_page, copy_page)
+    return sum(function._cache_size() for function in functions)
+
+
+class CallInFlight(NamedTuple):
+    """A call of model_step whose results may not be there yet."""
+
+    rows: list[Row]
+    samples: list[Sample]
+    needs: StepNeeds
+    shape: tuple[int, int]
+    """Rows, with padding, and new tokens in each."""
+    sampled: Sampled
+
+    def needed(self) -> Sampled:
+        """Return what somebody asked for; the rest stays on the device."""
+        token, scores, prompt_scores = self.sampled
+        if not self.needs.top_logprobs:
+            scores = scores._replace(top_logprobs=None, top_tokens=None)
+        return Sampled(token, scores, prompt_scores if self.needs.prompt_logprobs else None)
+
+
+class ModelRunner:
+    """The parameters, the KV pool and the slots of an engine, and all that runs on them.
+
+    Everything that will ever run is compiled at start-up. Calls return at once; `fetch` waits."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        *,
+        max_num_seqs: int,
+        max_tiles: int,
+        progress: bool,
+    ):
+        """max_num_seqs, max_tiles: the most rows of a decode call, and of a prefill call."""
+        self.model_config = model.config
+        self.page_size = config.page_size
+        self.max_num_seqs = max_num_seqs
+        self.max_tiles = max_tiles
+        self.pages_per_seq = -(-model.config.block_size // config.page_size)
+        self.padding_slot = max_num_seqs  # the last one, which no sequence gets
+        cache = create_cache(model.config, config)
+        self.num_pages = cache.k_pages.shape[1]
+        self.attention = cache.attention
+        # A restored checkpoint is committed to its device, and with it whatever a step returns. All
+        # that a step takes is so from the start: what became so after the first step would compile
+        # every program again, in the middle of the first request.
+        self.device = jax.devices()[0]
+        self.params = jax.device_put(model.for_inference().params(), self.device)
+        self.pool: Pool = jax.device_put((cache.k_pages, cache.v_pages), self.device)
+        self.slots = self._empty_slots()
+        # Pages of preempted sequences. Those of `leaving` are on their way to host memory.
+        self.swapped: dict[SampleKey, list[Pool]] = {}
+        self.leaving: list[SampleKey] = []
+        self.prefill_sizes, self.decode_sizes = self._choose_sizes(progress)
+
+    def move_pages(self, plan: Plan) -> None:
+        """Start the page copies of a step, in the order of Plan."""
+        for seq, pages in plan.swap_out:
+            self.swapped[seq.key] = [read_page(self.pool, page) for page in pages]
+        self.leaving = [swap.seq.key for swap in plan.swap_out]
+        for source, target in plan.copies:
+            self.pool = copy_page(self.pool, source, target)
+        for seq, first, pages in plan.swap_in:
+            for page, content in zip(pages, self.swapped[seq.key][first:], strict=True):
+                self.pool = write_page(self.pool, page, content)
+
+    def fill_slot(self, seq: Sequence) -> None:
+        """Write what the device needs to know of seq to its slot."""
+        row = slot_row(seq, self.model_config)
+        self.slots = write_slot(self.slots, seq.occupied_slot, row)
+
+    def drop_swapped(self, key: SampleKey) -> None:
+        """Forget pages of a sequence in host memory, if there are any."""
+        self.swapped.pop(key, None)
+
+    def prefill(
+        self, tiles: list[Row], tables: list[list[int]], samples: list[Sample]
+    ) -> CallInFlight:
+        """Start to compute tiles, whose page tables are given, and to sample from some of them."""
+        size = smallest_at_least(max(len(tiles), len(samples)), self.prefill_sizes)
+        return self.call_model(tiles, tables, samples, (size, self.page_size))
+
+    def decode(self, rows: list[Row], tables: list[list[int]]) -> CallInFlight:
+        """Start to read the newest token of each row, and to sample the next."""
+        samples = [Sample(i, row.seq) for i, row in enumerate(rows)]
+        size = smallest_at_least(len(rows), self.decode_sizes)
+        return self.call_model(rows, tables, samples, (size, 1))
+
+    def call_model(
+        self,
+        rows: list[Row],
+        tables: list[list[int]],
+        samples: list[Sample],
+        shape: tuple[int, int],
+    ) -> CallInFlight:
+        """Start a call of model_step in the given shape (R, T), filled up with padding."""
+        size, tokens = shape
+        needs = step_needs(rows, samples, tokens)
+        self.pool, self.slots, sampled = model_step(
+            self.params,
+            self.pool,
+            self.slots,
+            self._pack_rows(rows, tables, size),
+            self._pack_samples(samples, size),
+            needs,
+            config=self.model_config,
+            attention=self.attention,
+            T=tokens,
+        )
+        return CallInFlight(rows, samples, needs, shape, sampled)
+
+    def fetch(self, calls: list[CallInFlight]) -> list[Sampled]:
+        """Wait for the results of calls, and for the pages that are leaving: a step's one sync."""
+        results = [call.needed() for call in calls]
+        leaving = {key: self.swapped[key] for key in self.leaving}
+        results, pages = jax.device_get((results, leaving))
+        self.swapped |= pages
+        self.leaving = []
+        return results
+
+    def _pack_rows(self, rows: list[Row], tables: list[list[int]], size: int) -> np.ndarray:
+        """Return rows as model_step takes them: (size, 3 + M) int32."""
+        packed = np.zeros((size, PAGE_TABLE + self.pages_per_seq), np.int32)
+        packed[:, SLOT] = self.padding_slot
+        for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
+            packed[i, :PAGE_TABLE] = row.seq.occupied_slot, row.start, row.length
+            packed[i, PAGE_TABLE : PAGE_TABLE + len(table)] = table
+        return packed
+
+    def _pack_samples(self, samples: list[Sample], size: int) -> np.ndarray:
+        """Return samples as model_step takes them: (size, 2) int32, as many as rows."""
+        packed = np.zeros((size, 2), np.int32)
+        packed[:, 1] = self.padding_slot
+        for i, (row, seq) in enumerate(samples):
+            packed[i] = row, seq.occupied_slot
+        return packed
+
+    def _empty_slots(self) -> Slots:
+        """Return slots for max_num_seqs sequences and one for padding."""
+        seq = Sequence(SampleKey(0, 0), [0], SamplingParams(seed=0))
+        row = slot_row(seq, self.model_config)
+        slots = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.max_num_seqs + 1)), row)
+        return jax.device_put(slots, self.device)
+
+    def _choose_sizes(self, progress: bool) -> tuple[list[int], list[int]]:
+        """Run every program once, which compiles it. Return the sizes of prefill and decode calls.
+
+        Both are ascending: smaller ones whose rows get the same bits, then the largest needed."""
+        tiles = descending_sizes(self.max_tiles, TILE_COUNTS)
+        # With bfloat16 a CPU is slow at a product with one row.
+        least = 1 if self.model_config.dtype == "float32" else 2
+        rows = descending_sizes(max(self.max_num_seqs, least), ROW_COUNTS)
+        programs = 1 + len(tiles) + len(rows)
+        with tqdm(total=programs, desc="compiling", disable=not progress) as bar:
+            self._compile_page_copies()
+            bar.update()
+            probe = Probe(self, after_size=bar.update)
+            prefill_sizes = probe.sizes_of_equal_bits(tiles, self.page_size)
+            decode_sizes = probe.sizes_of_equal_bits(rows, 1)
+        return prefill_sizes, decode_sizes
+
+    def _compile_page_copies(self) -> None:
+        """Run each of the page copies once, on the null page."""
+        content = jax.device_get(read_page(self.pool, 0))
+        self.pool = write_page(self.pool, 0, content)
+        self.pool = copy_page(self.pool, 0, 0)
+
+
+class Probe:
+    """Finds out in which sizes of a call rows get the same bits, by trying.
+
+    A few sequences whose prompts are a page of random tokens go through calls of each size: first
+    the prompts, then, again and again, the last token of each."""
+
+    def __init__(self, runner: ModelRunner, after_size: Callable[[], object]):
+        """after_size is called whenever a size was tried."""
+        self.runner = runner
+        self.after_size = after_size
+        self.seqs = self._random_sequences()
+        for seq in self.seqs:
+            runner.fill_slot(seq)
+
+    def sizes_of_equal_bits(self, sizes: list[int], tokens: int) -> list[int]:
+        """Return, ascending, those of the descending sizes that come before the first whose
+        logprobs have other bits than those of the largest. tokens: new tokens in each row."""
+        largest, *smaller = sizes
+        expected = self.logprob_bits(largest, tokens)
+        equal = [largest]
+        for size in smaller:
+            bits = self.logprob_bits(size, tokens)
+            if any((a != b).any() for a, b in zip(bits, expected, strict=True)):
+                break
+            equal.append(size)
+        return equal[::-1]
+
+    def logprob_bits(self, size: int, tokens: int) -> list[np.ndarray]:
+        """Return the arrays of Scores, as integers, of what follows the prompts.
+
+        Calls have the shape (size, tokens); more rows than fit go through several. Decode tries
+        as many rows as a step can have, so sequences recur."""
+        total = len(self.seqs)
+        if tokens < self.runner.page_size:
+            total = max(self.runner.max_num_seqs, size)
+        parts = [
+            self._call(range(first, min(first + size, total)), size, tokens)
+            for first in range(0, total, size)
+        ]
+        self.after_size()
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+    def _call(self, numbers: range, size: int, tokens: int) -> list[np.ndarray]:
+        """Return the part of logprob_bits that belongs to the rows with these numbers."""
+        start = self.runner.page_size - tokens
+        slots = [number % len(self.seqs) for number in numbers]
+        rows = [Row(self.seqs[slot], start, tokens) for slot in slots]
+        tables = [[slot + 1] for slot in slots]  # page 0 is the null page
+        samples = [Sample(i, row.seq) for i, row in enumerate(rows)]
+        call = self.runner.call_model(rows, tables, samples, (size, tokens))
+        return [np.asarray(a)[: len(rows)].view(np.int32) for a in call.sampled.scores]
+
+    def _random_sequences(self) -> list[Sequence]:
+        """Return as many sequences as there are rows to prefill, slots and pages for."""
+        runner = self.runner
+        count = min(runner.max_tiles, runner.max_num_seqs, runner.num_pages - 1)
+        rng = np.random.default_rng(0)
+        seqs = []
+        for slot in range(count):
+            prompt = rng.integers(runner.model_config.vocab_size, size=runner.page_size).tolist()
+            seq = Sequence(SampleKey(0, 0), prompt, SamplingParams(seed=0, logprobs=1))
+            seq.slot = slot
+            seqs.append(seq)
+        return seqs
+
+
+def step_needs(rows: list[Row], samples: list[Sample], tokens: int) -> StepNeeds:
+    """Return what a call with so many new tokens in each row has to compute."""
+    params = [seq.params for _, seq in samples]
+    scores_prompts = tokens > 1 and any(row.seq.params.prompt_logprobs is not None for row in rows)
+    return StepNeeds(
+        adjusts=any(p.adjusts for p in params),
+        restricts=any(p.restricts for p in params),
+        top_logprobs=any(bool(p.logprobs) for p in params),
+        prompt_logprobs=scores_prompts,
+    )
+
+
+def slot_row(seq: Sequence, config: GPTConfig) -> Slots:
+    """Return what the device needs to know of seq: a row of Slots.
+
+    In NumPy arrays, which travel with the program that takes them."""
+    params = seq.params
+    vocab_size = config.vocab_size
+    tokens = np.zeros(config.block_size + 1, np.int32)
+    tokens[: len(seq.tokens)] = seq.tokens
+    bias_ids, biases = bias_columns(seq, config)
+    assert params.seed is not None, f"{seq.key} has no seed: Engine.add draws one"
+    fields: dict[str, Any] = {
+        "tokens": tokens,
+        "prompt_len": np.int32(seq.prompt_len),
+        "min_len": np.int32(seq.prompt_len + params.min_tokens),
+        "seed": seed_words(params.seed),
+        "index": np.int32(seq.key.sample),
+        "temperature": np.float32(params.temperature),
+        "top_k": np.int32(min(params.top_k or vocab_size, vocab_size)),
+        "top_p": np.float32(params.top_p),
+        "min_p": np.float32(params.min_p),
+        "repetition_penalty": np.float32(params.repetition_penalty),
+        "frequency_penalty": np.float32(params.frequency_penalty),
+        "presence_penalty": np.float32(params.presence_penalty),
+        "bias_ids": bias_ids,
+        "biases": biases,
+    }
+    return Slots(**fields)
+
+
+def bias_columns(seq: Sequence, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens with a bias and their biases, (MAX_BIASES,) int32 and float32.
+
+    A bias of -inf bans a token until min_tokens are generated. Unused columns name a token behind
+    the last of the padded vocabulary, which no column of the logits has."""
+    ids = np.full(MAX_BIASES, config.padded_vocab_size, np.int32)
+    biases = np.zeros(MAX_BIASES, np.float32)
+    entries = list(seq.params.logit_bias.items())
+    if seq.params.min_tokens:
+        entries += [(token, -np.inf) for token in seq.stop_ids]
+    for i, (token, bias) in enumerate(entries):
+        ids[i] = token
+        biases[i] = bias
+    return ids, biases
+
+
+def create_cache(model_config: GPTConfig, config: EngineConfig) -> PagedKVCache:
+    """Return an empty pool of config.kv_blocks pages, or as many as fit config.kv_cache_memory."""
+    page_size = config.page_size
+    dtype = config.kv_dtype or model_config.dtype
+    num_pages = config.kv_blocks or num_pages_for(
+        model_config, page_size, dtype, config.kv_cache_memory, config.attention
+    )
+    return PagedKVCache.create(model_config, num_pages, page_size, dtype, config.attention)
+
+
+def descending_sizes(largest: int, choices: tuple[int, ...]) -> list[int]:
+    """Return largest, and those of the descending choices that are smaller."""
+    return [largest, *(size for size in choices if size < largest)]
+
+
+def smallest_at_least(count: int, sizes: list[int]) -> int:
+    """Return the first of the ascending sizes into which `count` rows fit."""
+    return next(size for size in sizes if size >= count)
