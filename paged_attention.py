@@ -2,7 +2,7 @@
 
 Start reading at `reference`, which defines what all implementations compute, then at
 PagedKVCache.attend, which writes new keys and values into the pool and calls one of them. `xla` is
-the one tuned for a CPU; those for GPUs and TPUs are in pallas_kernels.py.
+the one tuned for a CPU; those for GPUs and TPUs are in kernels/pallas.py.
 
 Shapes: `B T C H D V L` as in model.py, and for pages `N` physical pages of `P` tokens each, `M`
 logical pages per row of the block table. A pool is (L, N, H, P, D): what one head needs of one
@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 
 from config import GPTConfig
 from errors import require
-from pallas_kernels import NO_SCORE, TPU_LANES, mosaic_tpu, triton, visible_positions
+from kernels.pallas import NO_SCORE, TPU_LANES, mosaic_tpu, triton, visible_positions
 
 
 @partial(

@@ -2,7 +2,7 @@
 
 Start with `read`: it finds the directory (`fetch`), understands its config.json (`read_config`),
 opens its tensors without loading them (`open_checkpoint`) and loads one parameter at a time
-(`read_parameter`). `write` is the way back. How the single files are opened is in hf_files.py.
+(`read_parameter`). `write` is the way back. formats/hugging_face.py opens the single files.
 
 This is apart from model.py because most of it is about the Hub, foreign names and what can be wrong
 with a file; the model sees finished arrays. A checkpoint is data from strangers: names, shapes,
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from config import GPTConfig
 from errors import UserError, require
-from hf_files import (
+from formats.hugging_face import (
     StoredTensor,
     WeightFiles,
     find_weights,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError, require
-from hf_files import load_json, save_json
+from formats.hugging_face import load_json, save_json
 
 if TYPE_CHECKING:
     import tokenizers

@@ -20,7 +20,7 @@ from flags import default_is
 if TYPE_CHECKING:  # loads JAX, which --help does without
     import jax
 
-    from pallas_kernels import TritonSizes
+    from kernels.pallas import TritonSizes
 
 CALLS = 12  # of attention in one run, as many as GPT-2 has layers
 RUNS = 10  # timed; their median counts
@@ -96,7 +96,7 @@ def variants(config: BenchKernelConfig, name: str) -> Iterator[Variant]:
 
 def triton_sizes(config: BenchKernelConfig) -> "list[TritonSizes]":
     """Return every combination of the sizes of the Triton kernel."""
-    from pallas_kernels import TritonSizes
+    from kernels.pallas import TritonSizes
 
     return [
         TritonSizes(split, tile, warps)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hf_files
 import pretrained
 from config import ServeConfig
 from errors import UserError, require
+from formats import hugging_face
 from tokenizer import Tokenizer
 
 MARK = "\ufdd0"
@@ -126,7 +126,7 @@ def load_settings(directory: Path | None) -> dict[str, Any]:
     """Return the content of the directory's tokenizer_config.json, which it need not have."""
     if directory is None or not (directory / "tokenizer_config.json").is_file():
         return {}
-    return hf_files.load_json(directory / "tokenizer_config.json")
+    return hugging_face.load_json(directory / "tokenizer_config.json")
 
 
 def find_source(config: ServeConfig, directory: Path | None, settings: dict[str, Any]) -> Any:

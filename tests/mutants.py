@@ -1,6 +1,6 @@
 """What the tests of attention over pages kill: python tests/mutants.py
 
-Applies each mutant below to the source of paged_attention.py or pallas_kernels.py, runs one test of
+Applies each mutant below to the source of paged_attention.py or kernels/pallas.py, runs one test of
 test_paged_attention.py on it, prints a table, and exits with 1 if a mutant survives. Start reading
 at MUTANTS, then at `survives`.
 """
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_paged_attention as tests  # noqa: E402 - found on the path set above
 
-FILES = ("pallas_kernels", "paged_attention")  # modules to mutate; the second imports the first
+FILES = ("kernels.pallas", "paged_attention")  # modules to mutate; the second imports the first
 
 
 class Mutant(NamedTuple):
@@ -336,7 +336,7 @@ def survives(sources: dict[str, str], implementation: str, check: str) -> bool:
 
 def main() -> None:
     """Check the sources as they are, then every mutant."""
-    sources = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
+    sources = {name: (ROOT / (name.replace(".", "/") + ".py")).read_text() for name in FILES}
     all_mutated = [mutated(sources, mutant) for mutant in MUTANTS]
     for implementation, check in dict.fromkeys((m.implementation, m.check) for m in MUTANTS):
         assert survives(sources, implementation, check), (

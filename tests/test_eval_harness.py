@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import eval_harness
-import hf_files
+from formats import hugging_face
 from config import EvalConfig
 from errors import UserError
 from eval_harness import JAXNanoGPT, Trie, arrays, pack, row_lengths
@@ -53,7 +53,7 @@ def directory(tmp_path_factory) -> Path:
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(path)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
-    hf_files.save_json(
+    hugging_face.save_json(
         path / "tokenizer_config.json",
         {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 40, **special},
     )

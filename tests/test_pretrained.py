@@ -1,6 +1,6 @@
 """Weights in from Hugging Face's form and out to it: against transformers, and what does not fit.
 
-How the single files are opened is tested in test_hf_files.py, tokenizers in test_tokenizer.py."""
+How the single files are opened is tested in test_formats.py, tokenizers in test_tokenizer.py."""
 
 import http.server
 import json

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_files import save_json
+from formats.hugging_face import save_json
 from tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,

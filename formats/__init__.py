@@ -1,0 +1,1 @@
+"""Files of other projects' models, read as data from strangers, for pretrained.py."""
