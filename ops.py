@@ -1,69 +1,143 @@
-"""The arithmetic that the model is made of: products, means, dropout and attention, without parameters.
+"""The arithmetic that the model is made of: products, means, dropout, attention; no parameters.
 
 Shapes: B batch, T tokens, C n_embd, H heads, D head_dim = C / H.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from config import GPTConfig
 from errors import require
 
+# Checkpointed, so that training keeps the argument alone: 4 bytes a number, where the derivative of
+# gelu_new would keep 20.
 ACTIVATIONS = {
-    "gelu_new": partial(jax.nn.gelu, approximate=True),  # GPT-2's, tanh form
-    "gelu": partial(jax.nn.gelu, approximate=False),  # exact, by erf
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+    "gelu_new": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),  # GPT-2's, the tanh form
+    "gelu": jax.checkpoint(partial(jax.nn.gelu, approximate=False)),  # exact, by erf
+    "relu": jax.checkpoint(jax.nn.relu),
+    "silu": jax.checkpoint(jax.nn.silu),
 }
 
+# XLA on CPU sums arrays with fewer numbers than this in another order than larger ones.
+SAME_ORDER_SIZE = 4096
 
-# Training keeps the argument alone: 4 bytes a number, where the derivative of gelu_new would keep 20.
-ACTIVATIONS = {name: jax.checkpoint(f) for name, f in ACTIVATIONS.items()}
+
+SAVEABLE = "saveable"  # the name that saveable() gives
+
+
+def saveable(x: jax.Array) -> jax.Array:
+    """Return x, named as an activation that may be saved for the backward pass.
+
+    The name matters under the policy save_activations, and nowhere else."""
+    return checkpoint_name(x, SAVEABLE)
+
+
+def is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of jax.checkpoint: save what cuDNN's attention returns.
+
+    Its gradient reads statistics of the softmax that never leave JAX, so nothing here can name
+    them; without them the whole attention would be computed again."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+# A policy of jax.checkpoint for a layer whose weights are gathered from other devices: only what
+# saveable() has named is saved for the backward pass, the rest is computed again. So gathered
+# weights, their casts and their reshapes are never saved. An activation without a name costs time,
+# not correctness: whatever it came from is computed again.
+save_activations = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(SAVEABLE), is_cudnn_attention
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """jnp.einsum(spec, a, b) with inputs rounded to dtype and summed in float32; returns float32.
+    """Return jnp.einsum(spec, a, b) in float32: inputs rounded to dtype, sums in float32.
 
-    The gradient's two matmuls round their inputs alike: the cotangent is rounded too, where plain JAX would multiply float32 by
-    bfloat16. Every index of an operand must occur in the other operand or in the output."""
+    The two products of the gradient round their inputs alike: the cotangent is rounded too, where
+    plain JAX would multiply float32 by bfloat16. Every index of an operand must occur in the other
+    operand or in the output. The batch is called b: an operand without it is a weight."""
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _einsum_fwd(spec, a, b, dtype):
-    a, b = a.astype(dtype), b.astype(dtype)
+def _einsum_fwd(
+    spec: str, a: jax.Array, b: jax.Array, dtype: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    a_spec, b_spec = spec.split("->")[0].split(",")
+    a = round_operand(a, a_spec, dtype)
+    b = round_operand(b, b_spec, dtype)
     return einsum(spec, a, b, dtype), (a, b)
 
 
-def _einsum_bwd(spec, dtype, inputs, g):
-    a, b = inputs
-    (a_spec, b_spec), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    return einsum(f"{out},{b_spec}->{a_spec}", g, b, dtype), einsum(
-        f"{a_spec},{out}->{b_spec}", a, g, dtype
-    )
+def round_operand(x: jax.Array, spec: str, dtype: str) -> jax.Array:
+    """Return an operand of einsum rounded to dtype, saveable if it is no weight."""
+    x = x.astype(dtype)
+    return saveable(x) if "b" in spec else x
+
+
+def _einsum_bwd(
+    spec: str, dtype: str, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a, b = residuals
+    operands, out = spec.split("->")
+    a_spec, b_spec = operands.split(",")
+    grad_a = einsum(f"{out},{b_spec}->{a_spec}", cotangent, b, dtype)
+    grad_b = einsum(f"{a_spec},{out}->{b_spec}", a, cotangent, dtype)
+    return grad_a, grad_b
 
 
 einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def mean(x: jax.Array) -> jax.Array:
-    """Mean over the last axis: (B, ..., C) -> (B, ..., 1). Few rows are padded, since XLA on CPU sums fewer than 4096 numbers in
-    another order: so the bits of a row do not depend on how many there are."""
+    """Return the mean over the last axis: (B, ..., C) -> (B, ..., 1).
+
+    Few rows are padded to SAME_ORDER_SIZE numbers, so that the order of a row's sum, and with it
+    its bits, does not depend on how many rows there are."""
     B = len(x)
-    more = max(0, -(-4096 * B // x.size) - B)
-    return jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)).mean(-1, keepdims=True)[:B]
+    rows_for_same_order = -(-SAME_ORDER_SIZE * B // x.size)
+    missing = max(0, rows_for_same_order - B)
+    padded = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return padded.mean(-1, keepdims=True)[:B]
+
+
+def split_into_chunks(
+    a: jax.Array, *, chunks: int, row_shards: int, position_shards: int
+) -> jax.Array:
+    """(B, T, ...) -> (chunks, R K, B / R, T / K / chunks, ...) for R row and K position shards.
+
+    Every chunks-th position makes a chunk, so that each chunk has its part of every shard."""
+    R, K = row_shards, position_shards
+    B, T, *rest = a.shape
+    a = a.reshape(R, B // R, K, T // K // chunks, chunks, *rest)
+    a = jnp.moveaxis(a, (4, 2), (0, 2))  # (chunks, R, K, B / R, T / K / chunks, ...)
+    return a.reshape(chunks, R * K, B // R, T // K // chunks, *rest)
+
+
+def split_keys(keys: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
+    """Split each row's key (B,) into n: n arrays of keys (B,), or n times None without keys."""
+    if keys is None:
+        return (None,) * n
+    return tuple(jax.vmap(partial(jax.random.split, num=n))(keys).T)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zero each element of x (B, ...) with probability rate and scale the rest by 1 / (1 - rate); no keys, no dropout
-    (Srivastava et al. 2014). Row b is drawn with keys[b]: how rows are spread over devices or pipeline stages changes nothing."""
+    """Zero each element of x (B, ...) with probability rate and scale the rest by 1 / (1 - rate).
+
+    Without keys there is no dropout (Srivastava et al. 2014). Row b is drawn with keys[b]: how rows
+    are spread over devices or pipeline stages changes nothing."""
     if keys is None or rate == 0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
+
+    def draw_row(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+
+    mask = saveable(jax.vmap(draw_row)(keys))
+    return jnp.where(mask, x / (1 - rate), 0)
 
 
 def causal_attention(
@@ -74,53 +148,64 @@ def causal_attention(
     rate: float = 0.0,
     dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v, each position over itself and those before it (Vaswani et al. 2017).
+    """Return softmax(q k^T / sqrt(D)) v, each position over itself and those before it.
 
-    q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities."""
+    q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities, with
+    keys (B,). Vaswani et al. 2017."""
     T, D = q.shape[1], q.shape[3]
     q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))  # (B, H, T, D)
     scores = einsum("bhtd,bhsd->bhts", q, k, dtype)
     scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
-    probs = dropout(jax.nn.softmax(scores), rate, dropout_keys)
+    probs = dropout(jax.nn.softmax(saveable(scores)), rate, dropout_keys)
     return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
 
 
 def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, implementation: str = "cudnn"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dtype: str,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """causal_attention without its scores in memory (Dao et al. 2022), rounded to dtype: cuDNN's kernel on NVIDIA GPUs."""
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, implementation=implementation
-    ).astype(jnp.float32)
+    """Return causal_attention, rounded to dtype, without its scores in memory (Dao et al. 2022).
+
+    q, k, v (B, T, H, D); returns (B, T, H, D) float32. cuDNN's kernel runs on NVIDIA GPUs only."""
+    q, k, v = (saveable(x.astype(dtype)) for x in (q, k, v))
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    return y.astype(jnp.float32)
 
 
 def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:
-    """config with training_attention="auto" settled: cudnn where it runs, which is tried, forward and backward, else xla.
+    """Return config with training_attention="auto" settled: cudnn where it runs, else xla.
 
-    alone=False: T is sharded, or the layers run in a pipeline, and cuDNN does not know how. Raises ValueError where cudnn is
-    demanded in vain."""
-    problem = (
-        "it needs bfloat16 and no dropout"
-        if config.dtype != "bfloat16" or config.dropout
-        else "it needs whole sequences and no pipeline"
-        if not alone
-        else "it needs an NVIDIA GPU"
-        if jax.default_backend() != "gpu"
-        else None
-    )
-    if config.training_attention != "xla" and not problem:
-        q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
-        try:
-            jax.block_until_ready(
-                jax.jit(jax.grad(lambda q: flash_attention(q, q, q, config.dtype).sum()))(q)
-            )
-        except Exception as e:  # whatever cuDNN, its driver or its version have to say
-            problem = repr(e)
-    require(
-        config.training_attention != "cudnn" or not problem,
-        f"training_attention=cudnn does not work here: {problem}",
-    )
-    if config.training_attention != "auto":
+    alone=False says that T is sharded, or that the layers run in a pipeline; cuDNN knows neither.
+    Raises UserError where cudnn is demanded in vain."""
+    if config.training_attention == "xla":
         return config
-    return dataclasses.replace(config, training_attention="xla" if problem else "cudnn")
+    problem = problem_with_cudnn(config, alone)
+    require(
+        config.training_attention != "cudnn" or problem is None,
+        f"training_attention=cudnn does not work here: {problem}",
+        param="training_attention",
+    )
+    return dataclasses.replace(config, training_attention="cudnn" if problem is None else "xla")
+
+
+def problem_with_cudnn(config: GPTConfig, alone: bool) -> str | None:
+    """Say why flash_attention cannot train this model here; None if it can, which is tried."""
+    if config.dtype != "bfloat16" or config.dropout > 0:
+        return "it needs bfloat16 and no dropout"
+    if not alone:
+        return "it needs whole sequences and no pipeline"
+    if jax.default_backend() != "gpu":
+        return "it needs an NVIDIA GPU"
+
+    def attention_sum(q: jax.Array) -> jax.Array:
+        return flash_attention(q, q, q, config.dtype).sum()
+
+    q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(attention_sum))(q))
+    except Exception as error:  # whatever cuDNN, its driver or its version have to say
+        return repr(error)
+    return None

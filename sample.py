@@ -1,4 +1,7 @@
-"""Write text with a trained model: python sample.py --out_dir=DIR | --init_from=gpt2 --start="To be" """
+"""Write text with a trained model: python sample.py --out_dir=DIR --start="To be"
+
+Or with a pretrained one: python sample.py --init_from=gpt2 --start="To be"
+"""
 
 import cli
 from config import SampleConfig
@@ -12,22 +15,22 @@ from errors import require
 from tokenizer import StreamDecoder
 from utils import open_model
 
+SEPARATOR = "-" * 15
+
 
 def main(config: SampleConfig) -> None:
-    """Print the samples, the first as it is generated: all rows of the batch grow together, the others follow when it is done."""
+    """Print the samples, the first one as it is generated.
+
+    All are rows of one batch that grow together; the others are printed when all are done."""
     model, tokenizer, name = open_model(config)
-    start = (
-        Path(config.start[5:]).read_text(encoding="utf-8")
-        if config.start.startswith("FILE:")
-        else config.start
-    )
+    start = read_start(config.start)
     prompt = tokenizer.encode(start)
-    require(len(prompt) > 0, "--start must not be empty")
+    require(len(prompt) > 0, "--start must not be empty", param="start")
     model = model.for_inference()
     print(f"{name}, {model.config.num_params() / 1e6:.2f}M parameters\n")
-    rows = [[] for _ in range(config.num_samples)]
-    decoder = StreamDecoder(tokenizer)
     print(start, end="", flush=True)
+    samples: list[list[int]] = [[] for _ in range(config.num_samples)]
+    decoder = StreamDecoder(tokenizer)
     for burst in model.stream(
         [prompt] * config.num_samples,
         config.max_new_tokens,
@@ -37,9 +40,17 @@ def main(config: SampleConfig) -> None:
         seed=config.seed,
         stop_token=tokenizer.eos_id,
     ):
-        rows = [row + new for row, new in zip(rows, burst)]
+        for sample, new in zip(samples, burst, strict=True):
+            sample += new
         print(decoder.push(burst[0]), end="", flush=True)
     print(decoder.finish())
-    for row in rows[1:]:
-        print("-" * 15)
-        print(start + tokenizer.decode(row))
+    for sample in samples[1:]:
+        print(SEPARATOR)
+        print(start + tokenizer.decode(sample))
+
+
+def read_start(start: str) -> str:
+    """Return the text that --start means: what a file holds for FILE:path, else itself."""
+    if start.startswith("FILE:"):
+        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+    return start

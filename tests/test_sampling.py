@@ -1,0 +1,280 @@
+"""The sampler: which tokens it keeps, how it draws among them, and that all draw with it."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import generation
+import sample
+from config import EngineConfig, GPTConfig, SampleConfig
+from engine import Engine
+from generation import Sampling
+from model import GPT
+from sampling import Slots, StepNeeds, draw, restrict_logits, sample_tokens, seed_words
+from sequence import SamplingParams
+from tokenizer import CharTokenizer
+
+V = 100
+MODEL = GPTConfig(block_size=64, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
+ENGINE = EngineConfig(page_size=4, kv_blocks=51, max_num_seqs=1, prefill_tokens=32)
+TOKENIZER = CharTokenizer("".join(map(chr, range(32, 127))) + "\näöüß")  # V characters
+NOTHING = StepNeeds(False, False, False, False)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Return a tiny GPT whose probabilities are far from uniform."""
+    fresh = GPT(MODEL, rngs=nnx.Rngs(0))
+    return GPT.from_params(MODEL, jax.tree.map(lambda a: 4 * a, fresh.params()))
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Engine:
+    return Engine(model, TOKENIZER, ENGINE, progress=False)
+
+
+def top_k_of(params: SamplingParams) -> int:
+    return V if params.top_k is None else params.top_k
+
+
+def slots_of(rows: list[SamplingParams]) -> Slots:
+    """Return one slot for each of rows, with nothing that adjusts logits."""
+    n = len(rows)
+    no_penalty = jnp.zeros(n)
+    return Slots(
+        tokens=jnp.zeros((n, 1), jnp.int32),
+        prompt_len=jnp.ones(n, jnp.int32),
+        min_len=jnp.ones(n, jnp.int32),
+        seed=jnp.array([seed_words(row.seed) for row in rows]),
+        index=jnp.zeros(n, jnp.int32),
+        temperature=jnp.array([row.temperature for row in rows], jnp.float32),
+        top_k=jnp.array([top_k_of(row) for row in rows], jnp.int32),
+        top_p=jnp.array([row.top_p for row in rows], jnp.float32),
+        min_p=jnp.array([row.min_p for row in rows], jnp.float32),
+        repetition_penalty=jnp.ones(n),
+        frequency_penalty=no_penalty,
+        presence_penalty=no_penalty,
+        bias_ids=jnp.full((n, 1), V, jnp.int32),
+        biases=jnp.zeros((n, 1)),
+    )
+
+
+def random_logits(rows: int, seed: int = 0) -> np.ndarray:
+    """Return logits (rows, V), some rows flat and some peaked."""
+    rng = np.random.default_rng(seed)
+    spread = rng.uniform(0.1, 4, size=(rows, 1))
+    return (rng.normal(size=(rows, V)) * spread).astype(np.float32)
+
+
+def probabilities_by_sorting(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Return the probabilities that top_k, top_p and min_p leave, by sorting in float64."""
+    order = np.argsort(-logits, kind="stable")
+    x = logits[order].astype(np.float64) / params.temperature
+    x[top_k_of(params) :] = -np.inf
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    before = np.cumsum(p) - p
+    p[before >= params.top_p] = 0
+    p[p < params.min_p * p.max()] = 0
+    probabilities = np.zeros(len(x))
+    probabilities[order] = p / p.sum()
+    return probabilities
+
+
+def test_the_kept_tokens_are_those_that_sorting_keeps():
+    """Catches an edge off by one in top_k, top_p or min_p, and another row's settings."""
+    rng = np.random.default_rng(0)
+    logits = random_logits(64)
+    rows = [
+        SamplingParams(
+            seed=0,
+            temperature=float(rng.uniform(0.3, 2)),
+            top_k=[None, 1, 5, 50][i % 4],
+            top_p=[1, 0.9, 0.5, 0.01][i // 4 % 4],
+            min_p=[0, 0.02, 0.5, 1][i // 16],
+        )
+        for i in range(64)
+    ]
+    slots = slots_of(rows)
+    scaled = jnp.asarray(logits) / slots.temperature[:, None]
+    kept = restrict_logits(scaled, slots.top_k, slots.top_p, slots.min_p)
+    for row, params, probabilities in zip(logits, rows, jax.nn.softmax(kept), strict=True):
+        expected = probabilities_by_sorting(row, params)
+        np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
+
+
+def test_top_k_and_top_p_keep_the_right_tokens():
+    """Catches top_p that drops the token that crosses p, or keeps one too many; top_k off by one; a
+    temperature that comes after top_p."""
+    probs = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625 - 1e-4, 1e-4])
+    n = 4000
+    logits = jnp.tile(jnp.log(jnp.asarray(probs, jnp.float32)), (n, 1))
+
+    def tokens(**settings) -> np.ndarray:
+        sampling = Sampling.create(SamplingParams(**settings), 0, n, len(probs))
+        return np.asarray(sampling.draw(logits, jnp.arange(n)))
+
+    assert set(tokens(top_k=2)) == {0, 1}
+    assert set(tokens(top_p=0.6)) == {0, 1}
+    assert set(tokens(top_p=0.49)) == {0}
+    assert set(tokens(top_p=0.76)) == {0, 1, 2}
+    assert set(tokens(min_p=0.3)) == {0, 1}
+    assert set(tokens(temperature=0.5, top_p=0.72)) == {0}, "the first token has 0.75 there"
+    assert (tokens(temperature=0) == 0).all()
+    frequencies = np.bincount(tokens(), minlength=6) / n
+    assert np.abs(frequencies - probs).max() < 0.03
+
+
+@pytest.fixture(scope="module")
+def many_draws() -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities (V,), and tokens drawn at 20,000 positions of one sequence."""
+    n = 20_000
+    logits = np.random.default_rng(1).normal(size=V).astype(np.float32) * 2
+    slots = slots_of([SamplingParams(seed=7)])
+
+    @jax.jit
+    def tokens_at(position):
+        rows = jnp.broadcast_to(logits, (n, V))
+        return sample_tokens(rows, slots, jnp.zeros(n, jnp.int32), position, NOTHING)
+
+    p = np.exp(logits.astype(np.float64))
+    return p / p.sum(), np.asarray(tokens_at(jnp.arange(n, dtype=jnp.int32)))
+
+
+def test_draws_follow_the_distribution(many_draws):
+    """Catches a biased draw: chi-square over 20,000 positions; tokens expected less than 10 times
+    are taken together."""
+    p, tokens = many_draws
+    often = p * len(tokens) >= 10
+    counts = np.bincount(tokens, minlength=V)
+    observed = np.append(counts[often], counts[~often].sum())
+    expected = np.append(p[often], p[~often].sum()) * len(tokens)
+    freedom = len(expected) - 1
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    message = f"chi-square {chi2:.1f} at {freedom} degrees of freedom"
+    assert abs(chi2 - freedom) < 4 * math.sqrt(2 * freedom), message
+
+
+def test_draws_at_neighbouring_positions_are_independent(many_draws):
+    """Catches keys of neighbouring positions that are alike: serial correlation of the tokens'
+    quantiles at lags 1 to 16."""
+    p, tokens = many_draws
+    quantile = (np.cumsum(p) - p / 2)[tokens]
+    quantile = (quantile - quantile.mean()) / quantile.std()
+    for lag in range(1, 17):
+        correlation = (quantile[lag:] * quantile[:-lag]).mean()
+        message = f"correlation {correlation:.4f} at lag {lag}"
+        assert abs(correlation) < 4 / math.sqrt(len(tokens)), message
+
+
+def test_every_part_of_the_address_changes_the_token():
+    """Catches a half of the seed, an index or a position that does not reach the draw."""
+    n = 1000
+
+    @jax.jit
+    def draw_uniformly(seed, index, position):
+        return draw(
+            jnp.zeros((n, V)),
+            jnp.broadcast_to(seed, (n, 2)),
+            jnp.full(n, index, jnp.int32),
+            position + jnp.arange(n, dtype=jnp.int32),
+            temperature=jnp.ones(n),
+            top_k=jnp.full(n, V),
+            top_p=jnp.ones(n),
+            min_p=jnp.zeros(n),
+            restricts=False,
+        )
+
+    def tokens(seed=0, index=0, position=0) -> np.ndarray:
+        return np.asarray(draw_uniformly(seed_words(seed), index, position))
+
+    plain = tokens()
+    assert (tokens(position=1)[:-1] == plain[1:]).all()
+    for other in (tokens(seed=1), tokens(seed=2**32), tokens(seed=-1), tokens(index=1)):
+        assert (other == plain).mean() < 0.05
+
+
+def test_seed_words_are_the_halves_of_64_bits():
+    """Catches halves in the wrong order, and negative or large seeds that lose bits or fail."""
+    assert seed_words(5).tolist() == [0, 5]
+    assert seed_words(3 * 2**32 + 5).tolist() == [3, 5]
+    assert seed_words(-1).tolist() == [2**32 - 1, 2**32 - 1]
+    assert seed_words(-(2**63)).tolist() == [2**31, 0]
+    assert seed_words(5).dtype == np.uint32
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0},
+        {"temperature": 0.8, "top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    ],
+)
+def test_generation_draws_what_the_engine_draws(settings):
+    """Catches a second sampler: one that counts positions, splits seeds, restricts or draws in
+    another way."""
+    n, seed = 200, 2**40 - 100
+    logits = jnp.asarray(random_logits(n))
+    position = jnp.arange(n, dtype=jnp.int32) % 50
+    rows = [SamplingParams(seed=seed + b, **settings) for b in range(n)]
+    needs = NOTHING._replace(restricts=rows[0].restricts)
+    by_engine = sample_tokens(logits, slots_of(rows), jnp.arange(n), position, needs)
+    by_generation = Sampling.create(rows[0], seed, n, V).draw(logits, position)
+    np.testing.assert_array_equal(by_generation, by_engine)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.8, "min_p": 0.01}])
+def test_generate_gives_the_tokens_of_the_engine(model, engine, settings):
+    """Catches a seed, an index or a position that GPT.generate and Engine.generate understand
+    differently. One stream within block_size."""
+    prompt = [3, 1, 4, 1, 5]
+    [row] = model.generate([prompt], 59, temperature=0.8, seed=11, **settings)
+    params = SamplingParams(max_tokens=59, temperature=0.8, seed=11, **settings)
+    [[output]] = engine.generate([prompt], params, progress=False)
+    assert row[len(prompt) :] == output.token_ids
+
+
+def test_what_sample_prints_is_the_engines_text(model, engine, tmp_path, capsys):
+    """Catches a sample.py whose text for a seed is not the text that the server gives for it."""
+    model.save_pretrained(tmp_path / "model", TOKENIZER)
+    config = SampleConfig(
+        init_from=str(tmp_path / "model"),
+        start="To be",
+        num_samples=3,
+        max_new_tokens=40,
+        temperature=0.8,
+        top_k=30,
+        seed=1337,
+    )
+    sample.main(config)
+    printed = capsys.readouterr().out
+
+    first = SamplingParams(max_tokens=40, temperature=0.8, top_k=30, seed=1337)
+    seeds = [dataclasses.replace(first, seed=1337 + b) for b in range(3)]
+    outputs = engine.generate([TOKENIZER.encode("To be")] * 3, seeds, progress=False)
+    texts = ["To be" + output.text for [output] in outputs]
+    title, _, samples = printed.partition("\n\n")
+    assert title.endswith("parameters")
+    assert samples == f"\n{'-' * 15}\n".join(texts) + "\n"
+
+
+def test_another_setting_compiles_nothing(model):
+    """Catches a temperature, top_k, top_p or seed that is a constant of the compiled program."""
+
+    def programs() -> int:
+        return generation.prefill._cache_size() + generation.decode._cache_size()
+
+    model.generate([[1]], 5, temperature=0.8, top_k=5)
+    compiled = programs()
+    for settings in ({"temperature": 0}, {"top_k": 7}, {"top_p": 0.5, "seed": 3}, {}):
+        model.generate([[1]], 5, **settings)
+    assert programs() == compiled
