@@ -17,7 +17,7 @@ from benchmarks.generation import BenchGenerateConfig, bench_generate
 from benchmarks.kernels import BenchKernelConfig, bench_kernel
 from benchmarks.serving import BenchServeConfig, bench_serve
 from benchmarks.training import BenchCompileConfig, BenchTrainConfig, bench_compile, bench_train
-from presets import TRAIN_PRESETS
+from training.presets import TRAIN_PRESETS
 
 
 def of_train_presets(config_class: type) -> dict[str, cli.Preset]:

@@ -2,7 +2,7 @@
 
 A class says what is allowed of its fields in `__post_init__`; the docstring of a field is what
 `--help` prints. Flags have nanoGPT's names wherever nanoGPT has one. No JAX in here: flags come
-first. The presets of train.py are in presets.py.
+first. The presets of train.py are in training/presets.py.
 """
 
 import dataclasses
@@ -190,7 +190,8 @@ class TrainConfig:
     """cosine falls to min_lr in half a wave; wsd (warmup, stable, decay) is flat and falls to
     min_lr in a straight line over the last fifth."""
     warmup_iters: int = 2000
-    """Updates in which the learning rate rises, in a straight line, from near 0."""
+    """Updates in which the learning rate rises, in a straight line, from near 0. A run shorter
+    than ten times this warms up for a tenth of itself instead."""
     lr_decay_iters: Annotated[int | None, default_is("max_iters")] = None
     """Update at which the learning rate arrives at min_lr; max_iters is right by Chinchilla."""
     min_lr: float = 6e-5
@@ -203,6 +204,7 @@ class TrainConfig:
         require_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "loss_chunks")
         require_at_least(self, 0, "learning_rate", "min_lr", "weight_decay", "grad_clip")
         require_at_least(self, 0, "warmup_iters", "seed")
+        require_at_least(self, 1, "lr_decay_iters")
         require_fraction(self, "beta1", "beta2")
         self.check_processes()
         T = self.model.block_size
@@ -210,11 +212,6 @@ class TrainConfig:
             T % self.loss_chunks == 0,
             f"block_size={T} must be divisible by loss_chunks={self.loss_chunks}",
             param="loss_chunks",
-        )
-        require(
-            not self.decay_lr or self.warmup_iters < self.decay_steps,
-            f"warmup_iters={self.warmup_iters} must be less than lr_decay_iters={self.decay_steps}",
-            param="warmup_iters",
         )
 
     def check_processes(self) -> None:
@@ -233,9 +230,15 @@ class TrainConfig:
             )
 
     @property
+    def warmup_steps(self) -> int:
+        """Updates of the warmup: warmup_iters, but at most a tenth of the run and of the decay."""
+        run = min(self.max_iters, self.decay_steps) if self.decay_lr else self.max_iters
+        return min(self.warmup_iters, run // 10)
+
+    @property
     def decay_steps(self) -> int:
         """Update at which the learning rate arrives at min_lr."""
-        return self.lr_decay_iters or self.max_iters
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
 
     @property
     def data_path(self) -> Path:
@@ -373,7 +376,7 @@ class EngineConfig:
     """Implementation of attention over pages: xla, triton, mosaic_tpu, or reference (slow)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 2, "page_size")
+        require_at_least(self, 2, "page_size", "kv_blocks")
         require_at_least(self, 1, "kv_cache_memory", "max_num_seqs")
         for name in ("prefill_tokens", "chunk_size"):
             tokens = getattr(self, name)
@@ -418,6 +421,8 @@ class ServeConfig(ModelConfig):
     """Most samples per prompt."""
     max_logprobs: int = 20
     """Most of the likeliest tokens reported per position; at most the engine's 20."""
+    max_total_logprobs: int = 2**18
+    """Most logprobs of an answer: prompts x n x positions x alternatives. These take 50 MB."""
     max_stop: int = 16
     """Most stop strings of a request."""
     # How it ends.
@@ -429,9 +434,8 @@ class ServeConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "max_waiting", "max_body_bytes", "max_prompts", "max_n")
-        require_at_least(self, 0, "max_stop", "drain_timeout", "step_timeout")
-        last_port = 2**16 - 1
-        for name, most in (("port", last_port), ("max_logprobs", 20)):
+        require_at_least(self, 0, "max_stop", "max_total_logprobs", "drain_timeout", "step_timeout")
+        for name, most in (("port", 2**16 - 1), ("max_logprobs", 20)):
             value = getattr(self, name)
             require(0 <= value <= most, f"{name}={value} must be from 0 to {most}", param=name)
         require(

@@ -14,6 +14,10 @@ class UserError(ValueError):
         self.param = param
 
 
+class ContextLengthExceeded(UserError):
+    """A prompt, with the tokens that shall follow it, does not fit the model's context."""
+
+
 def require(condition: bool, sentence: str, param: str | None = None) -> None:
     """Raise UserError(sentence, param) unless the condition holds."""
     if not condition:

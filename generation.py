@@ -21,7 +21,7 @@ from flax import nnx
 from config import GPTConfig
 from errors import require
 from ops import einsum
-from sampling import draw, seed_words
+from sampling import draw, draw_settings, seed_words
 from sequence import SamplingParams
 
 # Prompt lengths and cache slots are rounded up to a multiple of this: few shapes, few compilations.
@@ -104,14 +104,11 @@ class Sampling:
 
         Row b has the seed `seed + b`: so it gives the tokens that an engine gives a request with
         that seed."""
-        top_k = vocab_size if params.top_k is None else min(params.top_k, vocab_size)
+        settings = draw_settings(params, vocab_size)
         return cls(
             seed=jnp.array([seed_words(seed + b) for b in range(rows)]),
-            temperature=jnp.full(rows, params.temperature, jnp.float32),
-            top_k=jnp.full(rows, top_k, jnp.int32),
-            top_p=jnp.full(rows, params.top_p, jnp.float32),
-            min_p=jnp.full(rows, params.min_p, jnp.float32),
             restricts=jnp.array(params.restricts),
+            **{name: jnp.full(rows, value) for name, value in settings.items()},
         )
 
     def draw(self, logits: jax.Array, position: jax.Array) -> jax.Array:

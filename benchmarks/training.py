@@ -28,7 +28,7 @@ from benchmarks.contender import (
 )
 from config import GPTConfig, TrainConfig
 from errors import require, require_at_least
-from presets import TRAIN_PRESETS
+from training.presets import TRAIN_PRESETS
 
 CHARACTERS = 65  # vocabulary of nanoGPT's shakespeare_char
 GPT2_TOKENS = 50257

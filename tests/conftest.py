@@ -1,9 +1,11 @@
-"""What all tests share: where the shared data is, when it is, and that no test reaches for a network."""
+"""What all tests share: data sets, and that no test reaches for a network."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+from tiny_training import write_letters
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 if (SHARED / "tiktoken_cache").is_dir():
@@ -17,3 +19,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """The directory of a tiny data set of letters: 3,000 training tokens, 501 for validation."""
+    directory = tmp_path_factory.mktemp("data") / "letters"
+    directory.mkdir()
+    write_letters(directory)
+    return directory

@@ -20,7 +20,7 @@ from config import (
 )
 from errors import UserError
 from flags import memory_size, memory_text, value_of
-from presets import TRAIN_PRESETS
+from training.presets import TRAIN_PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,7 +192,7 @@ def test_a_wrong_unit_is_told_the_right_ones(text, capsys):
         # What a config refuses.
         ("train gpt2 --n_embd=100", "n_embd=100 must be divisible by n_head=12"),
         ("train gpt2 --batch_size=0", "batch_size=0 must be at least 1"),
-        ("train gpt2 --warmup_iters=9 --max_iters=5", "warmup_iters=9 must be less than lr_decay"),
+        ("train gpt2 --lr_decay_iters=0", "lr_decay_iters=0 must be at least 1"),
         ("bench train gpt2 --dropout=2", "dropout=2.0 must be in [0, 1)"),
         ("server --out_dir=a --prefill_tokens=4", "prefill_tokens=4 must be a positive multiple"),
     ],

@@ -10,7 +10,7 @@ from bench import BENCHES
 from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, ServeConfig, TrainConfig
 from errors import UserError
 from flags import field_docstrings
-from presets import TRAIN_PRESETS
+from training.presets import TRAIN_PRESETS
 
 CONFIGS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
 BENCH_CONFIGS = [config_class for config_class, _ in BENCHES.values()]
@@ -71,7 +71,7 @@ def test_presets_are_complete(name):
         (TrainConfig, {"learning_rate": float("nan")}, "learning_rate", "nan"),
         (TrainConfig, {"process_id": 1}, None, "all three, or none"),
         (TrainConfig, {"loss_chunks": 3}, "loss_chunks", "block_size=1024"),
-        (TrainConfig, {"max_iters": 5}, "warmup_iters", "warmup_iters=2000"),
+        (TrainConfig, {"lr_decay_iters": 0}, "lr_decay_iters", "lr_decay_iters=0"),
         (SampleConfig, {}, None, "--out_dir=DIR or --init_from"),
         (SampleConfig, {"init_from": "gpt2", "top_k": 0}, "top_k", "None for all"),
         (SampleConfig, {"init_from": "gpt2", "top_p": 0}, "top_p", "top_p=0"),

@@ -19,10 +19,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import eval_harness
-from formats import hugging_face
 from config import EvalConfig
 from errors import UserError
 from eval_harness import JAXNanoGPT, Trie, arrays, pack, row_lengths
+from formats import hugging_face
 
 EOT = "<|endoftext|>"
 TEXT = (

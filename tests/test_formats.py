@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hugging_face import Tiny, make_tiny, refused, same
 
 import pretrained
+from hugging_face import Tiny, make_tiny, refused, same
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,9 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+
+import pretrained
+from config import GPTConfig
 from hugging_face import (
     Tiny,
     flat,
@@ -31,9 +34,6 @@ from hugging_face import (
     refused,
     same,
 )
-
-import pretrained
-from config import GPTConfig
 from model import GPT
 from tokenizer import CharTokenizer
 

@@ -18,7 +18,7 @@ from config import (
     ServeConfig,
     TrainConfig,
 )
-from presets import TRAIN_PRESETS
+from training.presets import TRAIN_PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

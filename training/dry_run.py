@@ -159,7 +159,7 @@ def only_shape(text: str) -> tuple[int, ...]:
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
-    """Return config with the model that train.start would make.
+    """Return config with the model that run_start.prepare_model makes.
 
     That is known as far as it can be without the data set and the weights."""
     return dataclasses.replace(config, model=_planned_model(config))
