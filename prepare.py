@@ -29,6 +29,7 @@ from tqdm import tqdm
 from errors import UserError, require
 from pretrained import one_hub_warning
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from training import token_files
 
 if TYPE_CHECKING:
     import datasets
@@ -57,7 +58,17 @@ class TokenizedText(NamedTuple):
 def main(config: PrepareConfig) -> None:
     """Write a data set to config.data_path: all of it, in place of an earlier one, or nothing.
 
-    Raises UserError if the text cannot be had or will not do."""
+    With config.verify the one that is there is read and nothing is written. Raises UserError if the
+    text cannot be had or will not do, or if the files are damaged."""
+    if config.verify:
+        require(
+            not config.input,
+            "verify reads the files that are there: leave out --input",
+            param="input",
+        )
+        meta = token_files.verify(config.data_path)
+        print(f"{config.data_path}: verified, {summary(meta)}")
+        return
     out = config.data_path.resolve()  # a link to a directory stays a link
     require_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +86,13 @@ def main(config: PrepareConfig) -> None:
         meta["source"] = text.source
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         replace(out, new, scratch / "old")
-    print(
-        f"{config.data_path}: vocabulary of {meta['vocab_size']:,} ({text.tokenizer.name}), "
+    print(f"{config.data_path}: {summary(meta)}")
+
+
+def summary(meta: dict[str, Any]) -> str:
+    """Return the figures of a meta.json in words."""
+    return (
+        f"vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']}), "
         f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate"
     )
 

@@ -293,6 +293,13 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+def changed(config: GPTConfig) -> dict[str, Any]:
+    """Return what differs from GPT-2's defaults: what a user overrides in a pretrained model."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
 def apply_overrides(stored: GPTConfig, overrides: dict[str, Any]) -> GPTConfig:
     """Return stored with overrides. Raises UserError if its weights cannot make that model."""
     config = dataclasses.replace(stored, **overrides)

@@ -20,7 +20,7 @@ import pretrained
 import tokenizer
 from checkpoints import read_run
 from config import Dtype, ModelConfig, TrainConfig
-from errors import require
+from errors import about_file, require
 from mesh import Layout, gather, make_mesh, path_name, shardings
 from model import GPT, Params, gpt_graphdef
 
@@ -195,7 +195,8 @@ def stacked_matrices(params: Params) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file by text, or leave it as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    with about_file(temporary):
+        temporary.write_text(text)
     temporary.replace(path)
 
 

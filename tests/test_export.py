@@ -9,11 +9,12 @@ import pytest
 
 import export
 import pretrained
-from checkpoints import Checkpoints
 from config import ExportConfig, GPTConfig, TrainConfig
 from errors import UserError
+from formats.checksums import seal
 from model import GPT
 from tokenizer import CharTokenizer
+from training.checkpoints import Checkpoints
 from utils import TrainState, load_model
 
 SHAPE = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, bias=False)
@@ -31,8 +32,8 @@ def run_dir(tmp_path):
         checkpoints.save(at_step, loss)
     checkpoints.close()
     meta = CharTokenizer("abcd\n").meta()
-    (directory / "config.json").write_text(json.dumps({"model": dataclasses.asdict(SHAPE)}))
-    (directory / "meta.json").write_text(json.dumps(meta))
+    (directory / "config.json").write_text(json.dumps(seal({"model": dataclasses.asdict(SHAPE)})))
+    (directory / "meta.json").write_text(json.dumps(seal(meta)))
     return directory
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 import pretrained
-from config import GPTConfig, TrainConfig, changed
+from config import GPTConfig, TrainConfig
 from mesh import Layout, batch_sharding, describe, planned_mesh, use_cpu_cores
 from ops import ACTIVATIONS
 from utils import TrainState
@@ -172,7 +172,7 @@ def _planned_model(config: TrainConfig) -> GPTConfig:
     if config.init_from not in ("scratch", "resume"):
         directory = pretrained.fetch(config.init_from, "config.json")
         stored = pretrained.read_config(directory / "config.json")
-        return pretrained.apply_overrides(stored, changed(model))
+        return pretrained.apply_overrides(stored, pretrained.changed(model))
     if meta.exists():
         vocab_size = json.loads(meta.read_text())["vocab_size"]
         return dataclasses.replace(model, vocab_size=vocab_size)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import jax
 from tqdm import tqdm
 
 from config import TrainConfig
-from errors import require
+from errors import UserError, about_file, require
+from training.run_lock import is_at
 from utils import write_atomically
 
 # Lines of loss.png: the name in metrics.jsonl, the label, matplotlib's style.
@@ -75,7 +77,7 @@ class Log:
         self.silent = jax.process_index() > 0
         self.path = config.out_dir / "metrics.jsonl"
         self.image = config.out_dir / "loss.png"
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
         self.file: Any = None
         self.tensorboard: Any = None
         self.wandb: Any = None
@@ -91,18 +93,34 @@ class Log:
             self.wandb = open_wandb(config)
 
     def write(self, step: int, **values: float) -> None:
-        """Log these values of an update."""
+        """Log these values of an update. One that is not finite is null: JSON has no other word."""
         if self.silent:
             return
-        row = {"step": step, **values}
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self.write_row({"step": step, **finite})
         if self.tensorboard is not None:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
+
+    def note(self, step: int, text: str) -> None:
+        """Print a line that belongs into metrics.jsonl too, as the "note" at an update."""
+        self.say(text)
+        if not self.silent:
+            self.write_row({"step": step, "note": text})
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl. Raises UserError if somebody has removed the file."""
+        require(
+            is_at(self.path, self.file.fileno()),
+            f"{self.path} was removed while this run was writing it",
+            param="out_dir",
+        )
+        self.rows.append(row)
+        with about_file(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def plot(self) -> None:
         """Draw loss.png again."""
@@ -128,12 +146,20 @@ class Log:
 def lines_until(path: Path, step: int) -> list[str]:
     """Return the lines of a metrics.jsonl up to update `step`: none if that is 0.
 
-    A last line that was cut off by a kill is left out."""
+    A last line that was cut off by a kill is left out. Raises UserError if another is damaged."""
     if step == 0 or not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
-    return [line for line in whole if json.loads(line)["step"] <= step]
+    return [line for number, line in enumerate(whole, 1) if step_of(path, number, line) <= step]
+
+
+def step_of(path: Path, number: int, line: str) -> int:
+    """Return the update that a line of a metrics.jsonl is about. Raises UserError."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"line {number} of {path} is damaged: remove it", "out_dir") from error
 
 
 def open_tensorboard(config: TrainConfig, step: int) -> Any:
@@ -154,7 +180,7 @@ def open_wandb(config: TrainConfig) -> Any:
     )
 
 
-def plot_losses(rows: list[dict[str, float]], title: str, path: Path) -> None:
+def plot_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw training and validation loss against updates; the file is replaced as a whole."""
     import matplotlib
 
@@ -163,7 +189,7 @@ def plot_losses(rows: list[dict[str, float]], title: str, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
     for name, label, style in CURVES:
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
         if points and name == "val_loss":
@@ -173,7 +199,8 @@ def plot_losses(rows: list[dict[str, float]], title: str, path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     temporary = path.with_name("loss.tmp.png")
-    figure.savefig(temporary)
+    with about_file(temporary):
+        figure.savefig(temporary)
     temporary.replace(path)
     plt.close(figure)
 

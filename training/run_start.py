@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 import pretrained
 import tokenizer
-from checkpoints import Checkpoints
-from config import GPTConfig, TrainConfig, changed
-from errors import require
+from checkpoints import Checkpoint, checkpoints_in, read_description
+from config import GPTConfig, TrainConfig
+from errors import UserError, require
+from formats.checksums import seal
 from mesh import training_mesh, use_cpu_cores, whole_sequences
 from model import Params
 from ops import choose_attention
+from training.checkpoints import Checkpoints, read_state
+from training.run_lock import RunLock
 from utils import TrainState, write_atomically
 
 # Fields of GPTConfig that say what a model's parameters mean, not how they are computed with.
@@ -35,17 +41,15 @@ MODEL_FIELDS = (
 
 
 def start_run(
-    config: TrainConfig, meta: dict[str, Any], processes: int
+    config: TrainConfig, meta: dict[str, Any], processes: int, lock: RunLock
 ) -> tuple[TrainConfig, TrainState, Checkpoints]:
     """Return the state that a run begins with, and config with the model that it turned out to be.
 
-    meta is the data's meta.json; processes is how many there are in this run."""
-    config, params = prepare_model(config, meta)
-    use_cpu_cores(config, processes)
-    mesh = training_mesh(config)
-    config_to_write = config  # without what is chosen for the devices that happen to be here
-    model = choose_attention(config.model, whole_sequences(mesh))
-    config = dataclasses.replace(config, model=model)
+    meta is the data's meta.json; processes is how many there are in this run. The first of them
+    takes the lock of out_dir."""
+    config_to_write, params = prepare_model(config, meta)  # without what is chosen for the devices
+    config, mesh = prepare_devices(config_to_write, processes)
+    take(lock)
     checkpoints = open_checkpoints(config, meta)
     if checkpoints.latest() is None:
         state = TrainState.create(config, params, mesh)
@@ -56,6 +60,52 @@ def start_run(
     return config, state, checkpoints
 
 
+def start_evaluation(
+    config: TrainConfig, meta: dict[str, Any], processes: int
+) -> tuple[TrainConfig, TrainState]:
+    """Return what start_run does for a state that is only looked at: nothing is made or written.
+
+    Raises UserError where there is no checkpoint to resume from, or a damaged one."""
+    config, params = prepare_model(config, meta)
+    config, mesh = prepare_devices(config, processes)
+    found = checkpoints_in(config.out_dir.absolute() / "checkpoints")
+    require_resume(config, max(found, default=None))
+    if config.init_from != "resume":
+        return config, TrainState.create(config, params, mesh)
+    require(
+        bool(found),
+        f"there is nothing to evaluate: out_dir={config.out_dir} holds no complete checkpoint",
+        param="out_dir",
+    )
+    newest = found[max(found)]
+    require_same_model(config.out_dir, newest, config.model, meta)
+    return config, read_state(newest, TrainState.abstract(config, mesh))
+
+
+def take(lock: RunLock) -> None:
+    """Acquire the lock in the first process of a run; all of them raise an error if it fails."""
+    error: UserError | OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            lock.acquire()
+        except (UserError, OSError) as own_error:
+            error = own_error
+    if jax.process_count() > 1:
+        refused = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if refused and error is None:
+            error = UserError(f"process 0 could not take out_dir={lock.out_dir}", "out_dir")
+    if error is not None:
+        raise error
+
+
+def prepare_devices(config: TrainConfig, processes: int) -> tuple[TrainConfig, Mesh]:
+    """Return the mesh, and config with what is chosen for it."""
+    use_cpu_cores(config, processes)
+    mesh = training_mesh(config)
+    model = choose_attention(config.model, whole_sequences(mesh))
+    return dataclasses.replace(config, model=model), mesh
+
+
 def prepare_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[TrainConfig, Params | None]:
     """Return config with the model that data and config.init_from make it, and its weights.
 
@@ -63,7 +113,7 @@ def prepare_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[TrainConfi
     model = dataclasses.replace(config.model, vocab_size=meta["vocab_size"])
     if config.init_from in ("scratch", "resume"):
         return dataclasses.replace(config, model=model), None
-    model, params = pretrained.read(config.init_from, **changed(model))
+    model, params = pretrained.read(config.init_from, **pretrained.changed(model))
     require(
         model.vocab_size == meta["vocab_size"],
         f"{config.init_from} has vocab_size={model.vocab_size}, the data {meta['vocab_size']}: "
@@ -77,32 +127,39 @@ def open_checkpoints(config: TrainConfig, meta: dict[str, Any]) -> Checkpoints:
     """Open the checkpoints in config.out_dir.
 
     Raises UserError if there are any, but of another model, or not to be resumed from."""
-    checkpoints = Checkpoints(config.out_dir)
+    checkpoints = Checkpoints(config.out_dir, config.keep_checkpoints)
     latest = checkpoints.latest()
+    require_resume(config, latest)
     if latest is not None:
-        require(
-            config.init_from == "resume",
-            f"out_dir={config.out_dir} holds a run at step {latest}: go on with "
-            "--init_from=resume, or choose another --out_dir",
-            param="out_dir",
-        )
-        require_same_model(config.out_dir, config.model, meta)
+        newest = Checkpoint(checkpoints.directory / str(latest))
+        require_same_model(config.out_dir, newest, config.model, meta)
     return checkpoints
 
 
-def require_same_model(out_dir: Path, config: GPTConfig, meta: dict[str, Any]) -> None:
+def require_resume(config: TrainConfig, latest: int | None) -> None:
+    """Raise UserError if out_dir holds a run, at step `latest`, that is not to be resumed."""
+    require(
+        latest is None or config.init_from == "resume",
+        f"out_dir={config.out_dir} holds a run at step {latest}: go on with "
+        "--init_from=resume, or choose another --out_dir",
+        param="out_dir",
+    )
+
+
+def require_same_model(
+    out_dir: Path, newest: Checkpoint, config: GPTConfig, meta: dict[str, Any]
+) -> None:
     """Raise UserError if the run in out_dir has another model than config, or another tokenizer.
 
     meta is the content of the meta.json of the data, which describes its tokenizer."""
-    saved = json.loads((out_dir / "config.json").read_text())["model"]
+    saved, saved_meta = read_description(out_dir, newest)
     for name in MODEL_FIELDS:
         value = getattr(config, name)
         require(
-            saved[name] == value,
-            f"{name}={value}, but the run in out_dir={out_dir} has {name}={saved[name]}",
+            saved.get(name) == value,
+            f"{name}={value}, but the run in out_dir={out_dir} has {name}={saved.get(name)}",
             param=name,
         )
-    saved_meta = json.loads((out_dir / "meta.json").read_text())
     require(
         tokenizer.from_meta(saved_meta).meta() == tokenizer.from_meta(meta).meta(),
         f"the data has another tokenizer than the run in out_dir={out_dir}",
@@ -116,6 +173,6 @@ def write_description(config: TrainConfig, meta: dict[str, Any]) -> None:
         "model": dataclasses.asdict(config.model),
         "train": dataclasses.asdict(config),
     }
-    text = json.dumps(description, indent=1, default=str)
-    write_atomically(config.out_dir / "config.json", text)
-    write_atomically(config.out_dir / "meta.json", json.dumps(meta, indent=1))
+    for name, content in (("config.json", description), ("meta.json", meta)):
+        text = json.dumps(seal(content), indent=1, default=str)
+        write_atomically(config.out_dir / name, text)
