@@ -1,9 +1,9 @@
 """Train a GPT on token files: python train.py PRESET [--key=value ...]
 
 Read `train_step` first: tokens and a TrainState in, a TrainState and two numbers out. `get_batch`
-feeds it, `estimate_loss` measures it, `Run` is the loop around it. training/run_start.py makes the state
-that a run begins with, training/run_log.py tells what it does. Everything random is a function of
-(seed, step), so a run that was killed and resumed ends in the same bits.
+feeds it, `estimate_loss` measures it, `Run` is the loop around it. training/run_start.py makes the
+state that a run begins with, training/run_log.py tells what it does. Everything random is a
+function of (seed, step), so a run that was killed and resumed ends in the same bits.
 
 Shapes: A micro-batches of an update, B rows of a micro-batch, T block_size.
 """
@@ -15,17 +15,15 @@ from training.presets import TRAIN_PRESETS
 if __name__ == "__main__":
     cli.run("train", TrainConfig, TRAIN_PRESETS)
 
+import contextlib
 import dataclasses
-import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +33,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from checkpoints import Checkpoints
-from errors import require
+from errors import UserError
 from mesh import PEAK_FLOPS, connect, describe, put_batch
 from model import Params
 from training import dry_run
+from training.checkpoints import Checkpoints
+from training.run_lock import RunLock
 from training.run_log import Log, require_packages, silence_expected_warnings
-from training.run_start import start_run
+from training.run_start import start_evaluation, start_run
+from training.skipped_updates import SkippedUpdates
+from training.token_files import TokenFile, get_batch, load_data, windows_in_order
 from utils import TrainState, learning_rate_schedule
 
 # Seed of the evaluation batches: the same for every run, so that losses compare between runs.
@@ -53,75 +54,6 @@ PROFILED_FROM, PROFILED_TO = 10, 20
 SIGNAL_EXIT_CODE = 128
 
 # --- Data.
-
-
-class TokenFile(NamedTuple):
-    """A file of token ids and their dtype (uint16 or uint32)."""
-
-    path: Path
-    dtype: str
-
-    def read(self) -> np.memmap:
-        """Return all tokens, mapped anew.
-
-        A mapping that lives on keeps every page it has touched in this process's memory."""
-        return np.memmap(self.path, self.dtype, mode="r")
-
-
-def load_data(data_dir: Path) -> tuple[dict[str, TokenFile], dict[str, Any]]:
-    """Return the splits {"train", "val"} and the meta.json of a directory that prepare.py wrote."""
-    require(
-        (data_dir / "meta.json").exists(),
-        f"there is no data in {data_dir}; write it with: python prepare.py {data_dir.name}, "
-        "or give --data_dir",
-        param="data_dir",
-    )
-    meta = json.loads((data_dir / "meta.json").read_text())
-    files = {
-        split: TokenFile(data_dir / f"{split}.bin", meta["dtype"]) for split in ("train", "val")
-    }
-    return files, meta
-
-
-@lru_cache(maxsize=4)  # a batch may straddle two epochs, of two files
-def epoch_order(seed: int, epoch: int, windows: int, block_size: int) -> tuple[int, np.ndarray]:
-    """Return where an epoch's first window starts, and the order in which its windows are seen.
-
-    The start is in [0, block_size)."""
-    rng = np.random.default_rng((seed, epoch))
-    offset = int(rng.integers(block_size))
-    return offset, rng.permutation(windows)
-
-
-def get_batch(
-    file: TokenFile, t: int, shape: tuple[int, ...], seed: int, rows: slice = slice(None)
-) -> np.ndarray:
-    """Return batch t of `shape` (..., B, T), or only `rows` of the B.
-
-    It is tokens (..., B, T+1) int32, whose first T are the input and whose last T are the targets:
-    the same tokens however they are divided. A pure function of its arguments.
-
-    In every epoch the file is cut into windows of T at another offset, and each window is seen
-    once, in shuffled order; the order of an epoch is the only thing kept in memory (8 bytes a
-    window). Raises UserError if the file is too short."""
-    data = file.read()
-    T = shape[-1]
-    rows_per_batch = math.prod(shape[:-1])
-    windows = (len(data) - T) // T
-    require(
-        windows >= 1,
-        f"{file.path} has {len(data)} tokens, too few for block_size={T}: it needs at least "
-        f"{2 * T}",
-        param="block_size",
-    )
-    numbers = np.arange(t * rows_per_batch, (t + 1) * rows_per_batch)
-    numbers = numbers.reshape(shape[:-1])[..., rows]  # which windows these rows are, from step 0
-    starts = []
-    for number in numbers.flat:
-        offset, order = epoch_order(seed, number // windows, windows, T)
-        starts.append(offset + T * order[number % windows])
-    positions = np.array(starts).reshape(*numbers.shape, 1) + np.arange(T + 1)
-    return data[positions].astype(np.int32)
 
 
 def load_batch(mesh: Mesh, file: TokenFile, t: int, shape: tuple[int, ...], seed: int) -> jax.Array:
@@ -158,13 +90,22 @@ def train_step(
     """Make one update from batch (A, B, T+1): the mean of A gradients. `state` is donated.
 
     Returns the new state and {"loss", "grad_norm"}: float32 scalars, of the parameters before the
-    update, before clipping."""
+    update, before clipping. Where one of them is not finite the update is skipped: the new state
+    has the parameters and the optimizer's state of the old one, and the next step."""
     loss, grads = mean_loss_and_grads(state, batch, config)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params = select(is_finite, params, state.params)
+    opt_state = select(is_finite, opt_state, state.opt_state)
     new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state.lay_out(new_state), metrics
+    return state.lay_out(new_state), {"loss": loss, "grad_norm": grad_norm}
+
+
+def select(condition: jax.Array, tree: Any, otherwise: Any) -> Any:
+    """Return `tree` where the condition () holds, and `otherwise`, a tree like it, where not."""
+    return jax.tree.map(partial(jnp.where, condition), tree, otherwise)
 
 
 def mean_loss_and_grads(
@@ -248,19 +189,15 @@ def mean_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
 def full_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
     """Return the mean loss over every token of the file but the first.
 
-    The windows of block_size follow one another, and each token sees only its own. What does not
-    fill the last window or the last batch is padded with targets that do not count."""
-    data = file.read()
-    B, T = config.batch_size, config.model.block_size
+    The windows of block_size follow one another, and each token sees only its own."""
+    shape = (config.batch_size, config.model.block_size)
     total = 0.0
-    for start in range(0, len(data) - 1, B * T):
-        tokens = data[start : start + B * T + 1].astype(np.int32)
-        targets = len(tokens) - 1
-        padded = np.pad(tokens, (0, B * T - targets), constant_values=-1)
-        windows = padded[np.arange(B)[:, None] * T + np.arange(T + 1)]  # (B, T+1)
+    count = 0
+    for windows, targets in windows_in_order(file, shape):
         batch = put_batch(state.mesh, windows.shape, windows.__getitem__)
         total += float(eval_step(state, batch, config)) * targets
-    return total / (len(data) - 1)
+        count += targets
+    return total / count
 
 
 # --- A run.
@@ -330,19 +267,18 @@ class Run:
         files: dict[str, TokenFile],
         state: TrainState,
         checkpoints: Checkpoints,
+        lock: RunLock,
     ) -> None:
         self.config = config
         self.files = files
         self.state = state
         self.checkpoints = checkpoints
+        self.lock = lock
         self.step = int(state.step)
         self.first_step = self.step
         self.learning_rate = learning_rate_schedule(config)
-        model = config.model
-        self.tokens_per_update = (
-            config.gradient_accumulation_steps * config.batch_size * model.block_size
-        )
-        self.throughput = Throughput(self.tokens_per_update)
+        self.skipped = SkippedUpdates(config, state)
+        self.throughput = Throughput(tokens_per_update(config))
         self.profiling = False
         self.log = Log(config, self.step)
         self.introduce()
@@ -357,12 +293,9 @@ class Run:
     def introduce(self) -> None:
         """Say what is trained, on what, and from where."""
         config = self.config
-        model = config.model
-        self.log.say(
-            f"{model.num_params() / 1e6:.2f}M parameters, {self.tokens_per_update:,} tokens an "
-            f"update, {model.dtype}, {model.training_attention} attention, "
-            f"{describe(self.state.mesh)}; step {self.step} of {config.max_iters}"
-        )
+        self.log.say(introduction(config, self.state))
+        for note in self.checkpoints.notes:
+            self.log.note(self.step, note)
         if config.warmup_steps < config.warmup_iters:
             self.log.say(
                 f"warmup over {config.warmup_steps} updates, a tenth of the run: it is too short "
@@ -377,10 +310,8 @@ class Run:
     def train(self, stop_signals: StopSignals) -> int | None:
         """Train to config.max_iters, or until a signal: return its number, or None."""
         config = self.config
-        if config.eval_only or self.step == 0:
+        if self.step == 0:
             self.evaluate()
-        if config.eval_only:
-            return None
         self.throughput.restart(self.step)
         for batch in batches(self.files["train"], config, self.step, self.state.mesh):
             metrics = self.update(batch)
@@ -389,6 +320,9 @@ class Run:
             received = self.signal_received(stop_signals)
             evaluation_is_due = self.is_due(config.eval_interval)
             if evaluation_is_due or received is not None:
+                self.tell_skipped()
+                self.skipped.require_few()
+                self.require_out_dir()
                 self.checkpoints.save(self.state, self.evaluate() if evaluation_is_due else None)
                 self.throughput.restart(self.step)
             if received is not None:
@@ -402,6 +336,7 @@ class Run:
             self.profiling = True
         self.state, metrics = train_step(self.state, batch, self.config)
         self.step += 1
+        self.skipped.add(self.step, metrics)
         self.bar.update()
         if self.profiling and self.step == self.first_step + PROFILED_TO:
             self.stop_profile()
@@ -426,14 +361,17 @@ class Run:
         return None
 
     def log_update(self, metrics: dict[str, jax.Array]) -> None:
-        """Log the last update. Raises UserError if its loss is not finite."""
-        loss = float(metrics["loss"])  # waits for the update
+        """Log the last update. Raises UserError if too many updates were skipped."""
+        self.tell_skipped()  # waits for the update
+        self.require_out_dir()
+        loss = float(metrics["loss"])
         rate = self.throughput.read(self.step)
         row = {
             "loss": loss,
-            "lr": float(self.learning_rate(self.step - 1)),
+            "lr": float(self.learning_rate(self.step - 1 - self.skipped.total)),
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_s": round(rate),
+            "skipped": self.skipped.total,
         }
         on_bar = f"loss {loss:.4f}, {rate:,.0f} tokens/s"
         peak_flops = PEAK_FLOPS.get(jax.devices()[0].device_kind)
@@ -443,22 +381,24 @@ class Run:
             on_bar += f", MFU {row['mfu']:.1%}"
         self.log.write(self.step, **row)
         self.bar.set_postfix_str(on_bar)
-        require(
-            math.isfinite(loss),
-            f"the loss is {loss} at step {self.step}: resume with a lower learning_rate "
-            f"(now {self.config.learning_rate})",
-            param="learning_rate",
-        )
+        self.skipped.require_few()
+
+    def require_out_dir(self) -> None:
+        """Raise UserError if nothing can or may be saved any more: see RunLock and Checkpoints."""
+        self.lock.require_held()
+        self.checkpoints.require_saved()
+
+    def tell_skipped(self) -> None:
+        """Tell of the updates that were skipped since the last call, and wait for all of them."""
+        for step, note in self.skipped.read().items():
+            self.log.note(step, note)
 
     def evaluate(self) -> float:
         """Measure and tell the losses; return that of the validation split."""
         losses = estimate_loss(self.state, self.config, self.files)
-        if not self.config.eval_only:
-            self.log.write(self.step, **{f"{split}_loss": x for split, x in losses.items()})
-            self.log.plot()
-        self.log.say(
-            f"step {self.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        )
+        self.log.write(self.step, **{f"{split}_loss": x for split, x in losses.items()})
+        self.log.plot()
+        self.log.say(losses_line(self.step, losses))
         return losses["val"]
 
     def close(self) -> None:
@@ -468,6 +408,39 @@ class Run:
             self.stop_profile()
         self.checkpoints.close()
         self.log.close()
+
+
+def tokens_per_update(config: TrainConfig) -> int:
+    """Return the tokens of a batch, over all micro-batches and devices."""
+    return config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+
+
+def introduction(config: TrainConfig, state: TrainState) -> str:
+    """Return what is trained, on what, and from where, in a line."""
+    model = config.model
+    return (
+        f"{model.num_params() / 1e6:.2f}M parameters, {tokens_per_update(config):,} tokens an "
+        f"update, {model.dtype}, {model.training_attention} attention, "
+        f"{describe(state.mesh)}; step {int(state.step)} of {config.max_iters}"
+    )
+
+
+def losses_line(step: int, losses: dict[str, float]) -> str:
+    """Return the line that tells an evaluation's losses."""
+    return f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+
+
+def evaluate_only(
+    config: TrainConfig, files: dict[str, TokenFile], meta: dict[str, Any], processes: int
+) -> int:
+    """Print the losses of the state that a run would begin with; return the exit code."""
+    config, state = start_evaluation(config, meta, processes)
+    if jax.process_index() == 0:
+        print(introduction(config, state))
+    losses = estimate_loss(state, config, files)
+    if jax.process_index() == 0:
+        print(losses_line(int(state.step), losses))
+    return 0
 
 
 def main(config: TrainConfig) -> int:
@@ -480,11 +453,21 @@ def main(config: TrainConfig) -> int:
     require_packages(config)
     silence_expected_warnings()
     files, meta = load_data(config.data_path)
-    config, state, checkpoints = start_run(config, meta, connect(config))
-    run = Run(config, files, state, checkpoints)
-    with StopSignals() as stop_signals:
-        received = run.train(stop_signals)
-    run.close()
+    processes = connect(config)
+    if config.eval_only:
+        return evaluate_only(config, files, meta, processes)
+    with RunLock(config.out_dir) as lock:
+        config, state, checkpoints = start_run(config, meta, processes, lock)
+        run = Run(config, files, state, checkpoints, lock)
+        with StopSignals() as stop_signals:
+            try:
+                received = run.train(stop_signals)
+            except (UserError, OSError):
+                # A checkpoint that was begun is finished, and no bar crosses the sentence.
+                with contextlib.suppress(UserError, OSError):
+                    run.close()
+                raise
+        run.close()
     if received is None:
         return 0
     run.log.say(

@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import utils
-from checkpoints import Checkpoints
 from mesh import make_mesh, partition_spec, put_batch, training_mesh
 from mesh_table import (
     EVERYTHING,
@@ -37,6 +36,7 @@ from mesh_table import (
 from model import GPT
 from ops import dropout
 from train import eval_step
+from training.checkpoints import Checkpoints
 from training.dry_run import activation_bytes, collective_ops, matmul_flops, shard_bytes
 from training.pipeline import pipeline
 from utils import TrainState

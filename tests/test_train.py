@@ -16,11 +16,11 @@ import optax
 import pytest
 
 import train
-from checkpoints import Checkpoints
 from errors import UserError
 from mesh import path_name
 from tiny_training import META, TINY, VOCAB_SIZE, assert_trees_close
 from train import EVAL_SEED, TokenFile, estimate_loss, full_loss, get_batch, train_step
+from training.checkpoints import Checkpoints
 from training.presets import TRAIN_PRESETS
 from training.run_start import write_description
 from utils import TrainState, create_optimizer, learning_rate_schedule, load_model

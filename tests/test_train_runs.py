@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import Checkpoints
 from tiny_training import TINY, assert_trees_close
+from training.checkpoints import Checkpoints
 from utils import TrainState, load_model
 
 ROOT = Path(__file__).parents[1]
