@@ -52,7 +52,7 @@ RUN: dict[type, Callable[[Any], dict]] = {
 def main() -> None:
     """Read the command line, run its bench and print its report."""
     config = cli.parse_command(BENCHES)
-    with cli.user_errors():
+    with cli.interrupt_is_quiet(), cli.user_errors():
         print(json.dumps(RUN[type(config)](config)))
 
 

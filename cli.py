@@ -8,16 +8,20 @@ is left for tyro to find is a config that refuses its values.
 
 import contextlib
 import difflib
+import gc
 import importlib
 import inspect
 import io
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Generic, NoReturn, TypeVar
 
 import tyro
@@ -28,6 +32,12 @@ from flags import RULES, Flag, flags_of
 Config = TypeVar("Config")
 
 HELP_WORDS = {"-h", "--help"}
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a program that Ctrl+C has ended."""
+
+CALLBACK_IS_OVER = 0.02
+"""Seconds after which a callback of the garbage collector has ended."""
 
 MARKERS = (
     tyro.conf.FlagConversionOff,  # --bias=False, not --no-bias
@@ -67,7 +77,7 @@ def run(
     A program calls this above its imports, so that --help and a mistyped flag are answered at
     once: JAX loads only when the flags are right. main returns the exit code, None for 0."""
     config = parse(config_class, presets)
-    with user_errors():
+    with interrupt_is_quiet(), user_errors():
         sys.exit(importlib.import_module(program).main(config))
 
 
@@ -310,8 +320,39 @@ def user_errors() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         fail(f"there is no file {error.filename}" if error.filename else str(error))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
         fail(str(error))
+
+
+@contextlib.contextmanager
+def interrupt_is_quiet() -> Iterator[None]:
+    """Inside, Ctrl+C ends the program with one line, and the exit code that shells have for it."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, raise_interrupt)
+        yield
+    except KeyboardInterrupt:
+        print(f"{program_name()}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, as Python's handler of SIGINT does, where somebody can catch it.
+
+    In a callback of the garbage collector nobody can, and JAX has one, which is called a hundred
+    times while a model loads: Python would print a traceback, and go on."""
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    if frame is not None and frame.f_code in callbacks:
+        again = threading.Timer(CALLBACK_IS_OVER, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    else:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

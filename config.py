@@ -8,7 +8,7 @@ first. The presets of train.py are in training/presets.py.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -126,14 +126,19 @@ class TrainConfig:
     # Evaluation and logging.
     eval_interval: int = 2000
     """Updates between evaluations. A checkpoint is saved after each."""
+    keep_checkpoints: int = 3
+    """Latest checkpoints to keep, beside the best: a run goes back to one if a later is damaged."""
     eval_iters: int = 200
     """Batches of each split in an evaluation: always the same ones, so that losses compare."""
     eval_only: bool = False
-    """Evaluate once and stop."""
+    """Evaluate once and stop. Nothing is written."""
     eval_full: bool = False
     """Evaluate on every token of the validation split instead of eval_iters batches."""
     log_interval: int = 10
     """Updates between lines of metrics.jsonl."""
+    skip_nonfinite: int = 10
+    """Updates in a row that may be lost to a loss or gradients that are not finite: they leave the
+    parameters as they are. One more ends the run; 0 ends it at the first."""
     tensorboard: bool = True
     """Also write TensorBoard files, to out_dir/tensorboard."""
     wandb_log: bool = False
@@ -203,8 +208,8 @@ class TrainConfig:
         require_at_least(self, 1, "eval_interval", "eval_iters", "log_interval", "max_iters")
         require_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "loss_chunks")
         require_at_least(self, 0, "learning_rate", "min_lr", "weight_decay", "grad_clip")
-        require_at_least(self, 0, "warmup_iters", "seed")
-        require_at_least(self, 1, "lr_decay_iters")
+        require_at_least(self, 0, "warmup_iters", "seed", "skip_nonfinite")
+        require_at_least(self, 1, "lr_decay_iters", "keep_checkpoints")
         require_fraction(self, "beta1", "beta2")
         self.check_processes()
         T = self.model.block_size
@@ -253,8 +258,7 @@ class ModelConfig:
     out_dir: Path | None = None
     """A directory that train.py wrote: its best checkpoint is used."""
     init_from: str | None = None
-    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face
-    GPT-2 directory."""
+    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory."""
     dtype: Annotated[Dtype | None, default_is("as trained; float32 for init_from")] = None
     """What matmul inputs are rounded to."""
 
@@ -314,6 +318,9 @@ class PrepareConfig:
     """Directory for train.bin, val.bin and meta.json, in place of those of an earlier run."""
     num_proc: Annotated[int | None, default_is("half the CPU cores")] = None
     """Processes that tokenize openwebtext."""
+    verify: bool = False
+    """Write nothing: compare the files that are there with the sizes and SHA-256 in meta.json, and
+    every token with the vocabulary."""
 
     def __post_init__(self) -> None:
         require(
@@ -323,7 +330,7 @@ class PrepareConfig:
             param="tokenizer",
         )
         require(
-            bool(self.input) or self.name != "text",
+            bool(self.input) or self.verify or self.name != "text",
             "text needs the files it is made of: --input FILE ...",
             param="input",
         )
@@ -457,8 +464,7 @@ class ExportConfig:
     """Make a Hugging Face directory of a trained model."""
 
     to: Path
-    """Directory to write, which must not exist. transformers and vLLM load it as it is, and so does
-    llama.cpp's converter."""
+    """New directory to write: transformers, vLLM and llama.cpp's converter load it as it is."""
     out_dir: Path = Path("out")
     """A directory that train.py wrote: its best checkpoint is used."""
 
@@ -491,10 +497,3 @@ class EvalConfig(ModelConfig):
             f"batch_size={self.batch_size} must be at least 1, or auto",
             param="batch_size",
         )
-
-
-def changed(config: GPTConfig) -> dict[str, Any]:
-    """Return what differs from GPT-2's defaults: what a user overrides in a pretrained model."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return {name: value for name, value in values.items() if value != defaults[name]}

@@ -32,9 +32,11 @@ from config import EngineConfig
 from errors import UserError, require
 from model import GPT
 from model_runner import CallInFlight, ModelRunner, Sampled, Scores, compiled_programs
+from sampling import most_banned, spell
 from scheduler import Plan, Row, Scheduler
 from sequence import (
     DEFAULT_PARAMS,
+    MAX_BAD_TOKENS,
     MAX_BIASES,
     Logprobs,
     Output,
@@ -42,6 +44,7 @@ from sequence import (
     SamplingParams,
     Sequence,
     TextStream,
+    require_context,
 )
 from tokenizer import Tokenizer
 
@@ -90,8 +93,10 @@ class Stats:
     """Prompt tokens found there."""
     preemptions: int
     """How often a sequence had to leave its pages to others."""
-    prompt_tokens: int
+    computed_tokens: int
     """Prompt tokens computed."""
+    prompt_tokens: int
+    """Tokens of the prompts that are done, whether they were computed or found."""
     generation_tokens: int
     """New tokens given out."""
 
@@ -132,7 +137,8 @@ class Engine:
         self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
         self.ids = itertools.count()
         self.in_flight: list[CallInFlight] = []  # the calls of the newest step
-        self.prompt_tokens = 0  # computed, not found in the cache
+        self.computed_tokens = 0  # of prompts, not found in the cache
+        self.prompt_tokens = 0  # of the prompts that are done
         self.generation_tokens = 0
         self.calls: Counter[tuple[int, int]] = Counter()
         """How often model_step ran in each shape (rows, new tokens in each), since start-up."""
@@ -145,14 +151,17 @@ class Engine:
         token_ids = self._token_ids(prompt)
         stop_ids = self._stop_ids(params)
         self._check(token_ids, params, stop_ids)
+        bad_words = self._bad_words(params)
+        self._require_some_token(params, stop_ids, bad_words)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
         request_id = next(self.ids)
         seqs = self.scheduler.add(token_ids, params, request_id)
         for seq in seqs:
             seq.stop_ids = stop_ids
+            seq.bad_words = bad_words
             if self.tokenizer is not None:
-                seq.text_stream = TextStream(self.tokenizer, params.stop)
+                seq.text_stream = TextStream(self.tokenizer, params)
             for follower in seq.followers:
                 follower.prompt_logprobs = seq.prompt_logprobs  # sees what its leader fills in
         self.requests[request_id] = seqs
@@ -204,7 +213,9 @@ class Engine:
             while self.busy:
                 for output in self.step():
                     key = SampleKey(output.request_id, output.index)
-                    whole[key] = whole[key] + output if key in whole else output
+                    first = whole.setdefault(key, output)
+                    if first is not output:
+                        first.absorb(output)
                     bar.update(output.finish_reason is not None)
         return [
             [whole[SampleKey(request_id, index)] for index in range(p.n)]
@@ -228,6 +239,7 @@ class Engine:
             queried_tokens=self.blocks.queried_tokens,
             hit_tokens=self.blocks.hit_tokens,
             preemptions=self.scheduler.preemptions,
+            computed_tokens=self.computed_tokens,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
         )
@@ -265,6 +277,37 @@ class Engine:
             stop_ids.add(eos_id)
         return stop_ids
 
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Return the tokens of each bad word. Raises UserError if they do not fit."""
+        if not params.bad_words:
+            return []
+        if self.tokenizer is None:
+            raise UserError("bad_words need an engine with a tokenizer", param="bad_words")
+        spellings = spell(params.bad_words, self.tokenizer)
+        tokens = sum(map(len, spellings))
+        require(
+            tokens <= MAX_BAD_TOKENS,
+            f"bad_words have {tokens} tokens in their {len(spellings)} spellings, and "
+            f"{MAX_BAD_TOKENS} fit: give fewer",
+            param="bad_words",
+        )
+        return spellings
+
+    def _require_some_token(
+        self, params: SamplingParams, stop_ids: set[int], bad_words: list[list[int]]
+    ) -> None:
+        """Raise UserError unless some token has a probability, whatever was generated before."""
+        always = stop_ids if params.min_tokens else set()
+        allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
+        num_allowed = self.model_config.vocab_size if allowed is None else len(allowed)
+        num_banned = most_banned(always, bad_words, allowed)
+        require(
+            num_banned < num_allowed,
+            f"of {num_allowed} tokens that are allowed, bad_words and min_tokens may ban "
+            f"{num_banned} at once: allow more, or ban fewer",
+            param="bad_words" if allowed is None else "allowed_token_ids",
+        )
+
     def _check(self, prompt: list[int], params: SamplingParams, stop_ids: set[int]) -> None:
         """Raise UserError unless such a request can be served."""
         require(
@@ -275,13 +318,8 @@ class Engine:
         self._check_tokens(prompt, "prompt")
         self._check_tokens(params.logit_bias, "logit_bias")
         self._check_tokens(params.stop_token_ids, "stop_token_ids")
-        total = len(prompt) + params.max_tokens
-        size = self.model_config.block_size
-        require(
-            total <= size,
-            f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} make {total}, and the "
-            f"model's context is {size}: ask for fewer",
-        )  # no param: either of the two could be smaller
+        self._check_tokens(params.allowed_token_ids or (), "allowed_token_ids")
+        require_context(len(prompt), params.max_tokens, self.model_config.block_size)
         require(
             self.tokenizer is not None or not params.stop,
             "stop strings need an engine with a tokenizer",
@@ -336,7 +374,7 @@ class Engine:
         started = []
         if plan.tiles:
             started.append(self.runner.prefill(plan.tiles, self._tables(plan.tiles), plan.samples))
-            self.prompt_tokens += sum(tile.length for tile in plan.tiles)
+            self.computed_tokens += sum(tile.length for tile in plan.tiles)
         if plan.decodes:
             started.append(self.runner.decode(plan.decodes, self._tables(plan.decodes)))
         self.calls.update(call.shape for call in started)
@@ -382,28 +420,33 @@ class Engine:
 
     def _logprobs(self, token: int, scores: Scores, index: tuple[int, ...], count: int) -> Logprobs:
         """Return the logprobs of a token and of the `count` likeliest, at an index of scores."""
+        assert scores.rank is not None, "the step was not asked for ranks"
         logprob = float(scores.logprob[index])
+        rank = int(scores.rank[index])
         if count == 0:
-            return Logprobs(token, logprob, {})
+            return Logprobs(token, logprob, rank, {})
         assert scores.top_tokens is not None and scores.top_logprobs is not None
         top_tokens = scores.top_tokens[index].tolist()[:count]
         top_logprobs = scores.top_logprobs[index].tolist()[:count]
         # A vocabulary of fewer tokens than alternatives: the rest are its padding.
         vocab_size = self.model_config.vocab_size
         pairs = zip(top_tokens, top_logprobs, strict=True)
-        return Logprobs(token, logprob, {t: p for t, p in pairs if t < vocab_size})
+        return Logprobs(token, logprob, rank, {t: p for t, p in pairs if t < vocab_size})
 
     def _output(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> Output:
         """Take in a new token of seq and return what it brings."""
         output = empty_output(seq)
         if seq.first_token_at is None:
             seq.first_token_at = time.perf_counter()
+            if seq.key.sample == 0:
+                self.prompt_tokens += seq.prompt_len
             add_prompt(output, seq)
         if seq.params.max_tokens > 0:
             add_token(output, seq, token, logprobs)
             self.generation_tokens += 1
         output.text += seq.take_text()
         output.finish_reason = seq.finish_reason
+        output.stop_reason = seq.stop_reason
         if output.finish_reason is not None:
             seq.finished_at = time.perf_counter()
             output.times = seq.times()
@@ -434,10 +477,8 @@ def add_prompt(output: Output, seq: Sequence) -> None:
     """Add to a sample's first output what was asked for of the prompt."""
     if seq.params.prompt_logprobs is not None:
         output.prompt_logprobs = seq.prompt_logprobs
-    if seq.params.echo:
-        output.token_ids += seq.prompt
-        if seq.text_stream is not None:
-            output.text += seq.text_stream.push(seq.prompt, search=False)
+    if seq.params.echo and seq.text_stream is not None:
+        output.text += seq.text_stream.echo(seq.prompt)
 
 
 def add_token(output: Output, seq: Sequence, token: int, logprobs: Logprobs | None) -> None:

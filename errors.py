@@ -1,5 +1,8 @@
 """A user's mistake, as an exception that carries what it is about, and the checks that raise it."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +40,14 @@ def require_fraction(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value < 1, f"{name}={value} must be in [0, 1)", param=name)
+
+
+@contextlib.contextmanager
+def about_file(path: Path) -> Iterator[None]:
+    """Inside, an OSError names the file: the system does so where one is opened, but not later."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

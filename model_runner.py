@@ -24,9 +24,9 @@ from tqdm import tqdm
 from config import EngineConfig, GPTConfig
 from model import GPT, Params
 from paged_attention import PagedKVCache, num_pages_for
-from sampling import Slots, StepNeeds, sample_tokens, seed_words
+from sampling import Slots, StepNeeds, sample_tokens, slot_row
 from scheduler import Plan, Row, Sample
-from sequence import MAX_BIASES, MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
+from sequence import MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
 
 Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
 HostOrDevice = jax.Array | np.ndarray
@@ -46,6 +46,7 @@ class Scores(NamedTuple):
     """Logprobs of tokens, and of the likeliest in their places; None if nobody asked for these."""
 
     logprob: HostOrDevice  # (...)
+    rank: HostOrDevice | None  # (...) int32, 1 for the likeliest token
     top_logprobs: HostOrDevice | None  # (..., K) descending
     top_tokens: HostOrDevice | None  # (..., K) int32
 
@@ -99,10 +100,12 @@ def model_step(
 
 
 def score_samples(logits: jax.Array, token: jax.Array, needs: StepNeeds) -> Scores:
-    """logits (S, V), token (S,) -> Scores, whose alternatives are 0 unless some row needs them."""
+    """logits (S, V), token (S,) -> Scores, whose ranks and alternatives are 0 unless some row needs
+    them."""
     normalizer = log_normalizer(logits)
     logprob = logprob_of(token, logits, normalizer)
-    return Scores(logprob, *compute_if(needs.top_logprobs, likeliest, logits, normalizer))
+    rank = compute_if(needs.ranks, rank_of, token, logits)
+    return Scores(logprob, rank, *compute_if(needs.top_logprobs, likeliest, logits, normalizer))
 
 
 def score_prompts(model: GPT, x: jax.Array, next_token: jax.Array) -> Scores:
@@ -115,7 +118,7 @@ def score_prompts(model: GPT, x: jax.Array, next_token: jax.Array) -> Scores:
         logits = model.logits(x[None])[0]  # (T, V)
         normalizer = log_normalizer(logits)
         logprob = logprob_of(token, logits, normalizer)
-        return Scores(logprob, *likeliest(logits, normalizer))
+        return Scores(logprob, rank_of(token, logits), *likeliest(logits, normalizer))
 
     return jax.lax.map(score_tile, (x, next_token))
 
@@ -128,6 +131,12 @@ def log_normalizer(logits: jax.Array) -> jax.Array:
 def logprob_of(token: jax.Array, logits: jax.Array, normalizer: jax.Array) -> jax.Array:
     """token (...), logits (..., V), normalizer (..., 1) -> log softmax of the token (...)."""
     return (jnp.take_along_axis(logits, token[..., None], -1) - normalizer)[..., 0]
+
+
+def rank_of(token: jax.Array, logits: jax.Array) -> jax.Array:
+    """token (...), logits (..., V) -> 1 + how many tokens are likelier (...) int32."""
+    larger = logits > jnp.take_along_axis(logits, token[..., None], -1)
+    return 1 + larger.sum(-1, dtype=jnp.int32)
 
 
 def likeliest(logits: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -198,6 +207,8 @@ class CallInFlight(NamedTuple):
     def needed(self) -> Sampled:
         """Return what somebody asked for; the rest stays on the device."""
         token, scores, prompt_scores = self.sampled
+        if not self.needs.ranks:
+            scores = scores._replace(rank=None)
         if not self.needs.top_logprobs:
             scores = scores._replace(top_logprobs=None, top_tokens=None)
         return Sampled(token, scores, prompt_scores if self.needs.prompt_logprobs else None)
@@ -420,59 +431,8 @@ class Probe:
 
 def step_needs(rows: list[Row], samples: list[Sample], tokens: int) -> StepNeeds:
     """Return what a call with so many new tokens in each row has to compute."""
-    params = [seq.params for _, seq in samples]
     scores_prompts = tokens > 1 and any(row.seq.params.prompt_logprobs is not None for row in rows)
-    return StepNeeds(
-        adjusts=any(p.adjusts for p in params),
-        restricts=any(p.restricts for p in params),
-        top_logprobs=any(bool(p.logprobs) for p in params),
-        prompt_logprobs=scores_prompts,
-    )
-
-
-def slot_row(seq: Sequence, config: GPTConfig) -> Slots:
-    """Return what the device needs to know of seq: a row of Slots.
-
-    In NumPy arrays, which travel with the program that takes them."""
-    params = seq.params
-    vocab_size = config.vocab_size
-    tokens = np.zeros(config.block_size + 1, np.int32)
-    tokens[: len(seq.tokens)] = seq.tokens
-    bias_ids, biases = bias_columns(seq, config)
-    assert params.seed is not None, f"{seq.key} has no seed: Engine.add draws one"
-    fields: dict[str, Any] = {
-        "tokens": tokens,
-        "prompt_len": np.int32(seq.prompt_len),
-        "min_len": np.int32(seq.prompt_len + params.min_tokens),
-        "seed": seed_words(params.seed),
-        "index": np.int32(seq.key.sample),
-        "temperature": np.float32(params.temperature),
-        "top_k": np.int32(min(params.top_k or vocab_size, vocab_size)),
-        "top_p": np.float32(params.top_p),
-        "min_p": np.float32(params.min_p),
-        "repetition_penalty": np.float32(params.repetition_penalty),
-        "frequency_penalty": np.float32(params.frequency_penalty),
-        "presence_penalty": np.float32(params.presence_penalty),
-        "bias_ids": bias_ids,
-        "biases": biases,
-    }
-    return Slots(**fields)
-
-
-def bias_columns(seq: Sequence, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens with a bias and their biases, (MAX_BIASES,) int32 and float32.
-
-    A bias of -inf bans a token until min_tokens are generated. Unused columns name a token behind
-    the last of the padded vocabulary, which no column of the logits has."""
-    ids = np.full(MAX_BIASES, config.padded_vocab_size, np.int32)
-    biases = np.zeros(MAX_BIASES, np.float32)
-    entries = list(seq.params.logit_bias.items())
-    if seq.params.min_tokens:
-        entries += [(token, -np.inf) for token in seq.stop_ids]
-    for i, (token, bias) in enumerate(entries):
-        ids[i] = token
-        biases[i] = bias
-    return ids, biases
+    return StepNeeds.of((seq.params for _, seq in samples), scores_prompts)
 
 
 def create_cache(model_config: GPTConfig, config: EngineConfig) -> PagedKVCache:

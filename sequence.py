@@ -4,14 +4,13 @@ Plain Python, no arrays, no JAX. Read SamplingParams for what a request may ask 
 what is known of one sample while it is made, and Output for what leaves the engine.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal, NamedTuple
 
-from errors import require
+from errors import ContextLengthExceeded, require
 from tokenizer import StreamDecoder, Tokenizer
 
 INFINITY = float("inf")
@@ -22,10 +21,14 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 512
 """Entries of one request's logit_bias, plus the tokens that min_tokens bans: a column each."""
 
+MAX_BAD_TOKENS = 512
+"""Tokens that the spellings of one request's bad_words have in all: a column each."""
+
 LARGEST_LOGIT_CHANGE = 1e4
 """Largest bias, penalty and temperature: far beyond any logit, and far from overflow in float32."""
 
 FinishReason = Literal["stop", "length"]
+StopReason = str | int | None  # a stop string, or one of stop_token_ids
 
 CLOSED_RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (0, INFINITY),
@@ -47,15 +50,18 @@ class SamplingParams:
     """How to continue a prompt.
 
     The distribution that a token is drawn from is made of the model's logits in this order:
-    logit_bias and min_tokens; repetition, frequency and presence penalty; temperature; top_k;
-    top_p; min_p. Each works on what the one before it left. Reported logprobs are the model's own:
-    the log softmax of its logits before any of these."""
+    logit_bias and min_tokens; repetition, frequency and presence penalty; allowed_token_ids and
+    bad_words; temperature; top_k; top_p; min_p. Each works on what the one before it left. Reported
+    logprobs are the model's own: the log softmax of its logits before any of these.
+
+    The device computes in float32. A value that float32 cannot hold acts as its limit does: a
+    temperature below 1e-20 as 0, a top_p that would be 0 as the likeliest token alone."""
 
     max_tokens: int = 16
     """The largest number of new tokens; 0 only together with prompt_logprobs or echo."""
     min_tokens: int = 0
     """Until there are so many new tokens, the end-of-text token and stop_token_ids have probability
-    0, and stop strings are not looked for."""
+    0, and a stop string that is complete is ordinary text."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int | None = None
@@ -75,6 +81,11 @@ class SamplingParams:
     """Is subtracted once from the logit of each token that was generated (OpenAI API reference)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Is added to the logits, by token id (OpenAI API reference)."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may come; None allows all."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not generated: the tokens that spell one, with or without a space before it,
+    do not come one after the other. Other ways to spell it are not looked for."""
     seed: int | None = None
     """The token at a position is a function of the seed, the sample's index, the position and the
     distribution. None draws a seed."""
@@ -82,6 +93,10 @@ class SamplingParams:
     """Texts that end a sample, and are cut off."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a sample; they are in its token_ids, not in its text."""
+    include_stop_str_in_output: bool = False
+    """Whether the text has what ended it: the stop string, or the token's text."""
+    skip_special_tokens: bool = True
+    """Whether the text leaves out the tokenizer's special tokens."""
     ignore_eos: bool = False
     """Whether to go on after the tokenizer's end-of-text token."""
     n: int = 1
@@ -92,7 +107,7 @@ class SamplingParams:
     """Number of likeliest tokens reported beside the logprob of each prompt token but the first;
     None reports nothing."""
     echo: bool = False
-    """Whether outputs begin with the prompt."""
+    """Whether the text begins with that of the prompt."""
 
     @property
     def adjusts(self) -> bool:
@@ -104,6 +119,11 @@ class SamplingParams:
             or self.presence_penalty
             or self.repetition_penalty != 1
         )
+
+    @property
+    def bans(self) -> bool:
+        """Whether this rules out tokens for good, or after certain others."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
 
     @property
     def restricts(self) -> bool:
@@ -127,10 +147,12 @@ class SamplingParams:
             "each logit_bias must be from -1e4 to 1e4",
             param="logit_bias",
         )
+        self._require_texts("stop")
+        self._require_texts("bad_words")
         require(
-            not isinstance(self.stop, str) and all(self.stop),
-            "stop must be a sequence of strings, none of them empty",
-            param="stop",
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids is empty: allow at least 1 token",
+            param="allowed_token_ids",
         )
         require(
             self.max_tokens > 0 or self.prompt_logprobs is not None or self.echo,
@@ -145,8 +167,38 @@ class SamplingParams:
         in_range = value is None or low <= value <= high
         require(in_range, f"{name}={value} must be from {low} to {high}", param=name)
 
+    def _require_texts(self, name: str) -> None:
+        """Raise UserError unless the field is a sequence of strings, none of them empty."""
+        texts = getattr(self, name)
+        require(
+            not isinstance(texts, str) and all(texts),
+            f"{name} must be a sequence of strings, none of them empty",
+            param=name,
+        )
+
 
 DEFAULT_PARAMS = SamplingParams()
+
+
+def require_context(
+    prompt_tokens: int,
+    max_tokens: int,
+    context: int,
+    prompt_name: str = "prompt",
+    max_tokens_name: str = "max_tokens",
+) -> None:
+    """Raise ContextLengthExceeded, about the field that is too large, unless all fits the context.
+
+    The sentence begins as OpenAI's, because clients recognise the mistake by it."""
+    total = prompt_tokens + max_tokens
+    if total <= context:
+        return
+    leaves_no_room = prompt_tokens + min(1, max_tokens) > context
+    raise ContextLengthExceeded(
+        f"This model's maximum context length is {context} tokens, and {prompt_tokens} tokens of "
+        f"{prompt_name} and {max_tokens_name}={max_tokens} make {total}: ask for fewer",
+        param=prompt_name if leaves_no_room else max_tokens_name,
+    )
 
 
 class Logprobs(NamedTuple):
@@ -154,6 +206,8 @@ class Logprobs(NamedTuple):
 
     token: int
     logprob: float
+    rank: int
+    """1 for the likeliest token, 2 for the next, and so on."""
     top: dict[int, float]
     """The likeliest tokens and their logprobs, likeliest first, as many as were asked for."""
 
@@ -175,6 +229,7 @@ class Output:
     index: int
     """Number of the sample in its request, 0 to n - 1."""
     token_ids: list[int]
+    """The new tokens."""
     text: str
     """What became certain: text is withheld while it could begin a stop string."""
     logprobs: list[Logprobs] | None
@@ -183,59 +238,82 @@ class Output:
     """One for each token of the prompt, if they were asked for; on a sample's first output."""
     finish_reason: FinishReason | None = None
     """Why the sample has ended; on its last output."""
+    stop_reason: StopReason = None
+    """Which of the request's stop strings or stop_token_ids has ended it; on its last output."""
     times: Times | None = None
     """On a sample's last output."""
 
-    def __add__(self, later: "Output") -> "Output":
-        """Return this output and a later one of the same sample as one."""
-        logprobs = self.logprobs
-        if logprobs is not None:
+    def absorb(self, later: "Output") -> None:
+        """Become this output and a later one of the same sample, at the cost of the later one."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        if self.logprobs is not None:
             assert later.logprobs is not None, "logprobs are reported for some of a sample's tokens"
-            logprobs = logprobs + later.logprobs
-        return dataclasses.replace(
-            later,
-            token_ids=self.token_ids + later.token_ids,
-            text=self.text + later.text,
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+            self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+        self.times = later.times
 
 
 class TextStream:
     """The text of one sample, given out as it becomes certain.
 
-    What could still turn out to be the beginning of a stop string is withheld."""
+    What could still turn out to be the beginning of a stop string is withheld, unless stop strings
+    are part of the text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: tuple[str, ...]):
-        self.decoder = StreamDecoder(tokenizer)
-        self.stop_strings = stop_strings
-        self.withheld = ""
-        self.stopped = False  # whether a stop string was found
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self.decoder = StreamDecoder(tokenizer, params.skip_special_tokens)
+        self.stop_strings = params.stop
+        self.includes_stop = params.include_stop_str_in_output
+        self.tail = ""  # the end of the text so far, which may begin a stop string
+        self.stop_string: str | None = None  # the one that was found
+
+    def echo(self, prompt: list[int]) -> str:
+        """Return the text of the prompt's tokens, in which no stop string begins."""
+        return self.decoder.push(prompt)
 
     def push(self, tokens: list[int], last: bool = False, search: bool = True) -> str:
         """Return the text that became certain with these tokens.
 
         After the last tokens that is all there is, up to the first stop string. Without search,
-        stop strings are ordinary text."""
-        text = self.withheld + self.decoder.push(tokens)
+        stop strings that end with these tokens are ordinary text."""
+        new_text = self.decoder.push(tokens)
         if last:
-            text += self.decoder.finish()
-        stop_strings = self.stop_strings if search else ()
-        end = first_occurrence(text, stop_strings)
-        if end is not None:
-            self.stopped = True
-            self.withheld = ""
-            return text[:end]
-        doubtful = 0 if last else longest_beginning(text, stop_strings)
-        certain = len(text) - doubtful
-        self.withheld = text[certain:]
-        return text[:certain]
+            new_text += self.decoder.finish()
+        text = self.tail + new_text
+        found = first_stop(text, self.stop_strings, len(self.tail)) if search else None
+        if found is not None:
+            return self._stop(text, *found)
+        given_out = len(self.tail) if self.includes_stop else 0
+        doubtful = 0 if last else longest_beginning(text, self.stop_strings)
+        self.tail = text[len(text) - doubtful :]
+        certain = len(text) if self.includes_stop else len(text) - doubtful
+        return text[given_out:certain]
+
+    def _stop(self, text: str, begin: int, stop_string: str) -> str:
+        """Note the stop string that begins there, and return what is left to give out."""
+        self.stop_string = stop_string
+        if self.includes_stop:
+            return text[len(self.tail) : begin + len(stop_string)]
+        return text[:begin]
 
 
-def first_occurrence(text: str, strings: Iterable[str]) -> int | None:
-    """Return where the first of the strings that text contains begins; None if it contains none."""
-    positions = [text.find(string) for string in strings]
-    return min((position for position in positions if position >= 0), default=None)
+def first_stop(text: str, strings: Iterable[str], start: int) -> tuple[int, str] | None:
+    """Return where the first of the strings begins that end behind `start`, and that string.
+
+    Of several that begin there it is the shortest. None if there is none."""
+    found = []
+    for string in strings:
+        begin = text.find(string, max(0, start - len(string) + 1))
+        if begin >= 0:
+            found.append((begin, string))
+    return min(found, key=begin_and_length, default=None)
+
+
+def begin_and_length(occurrence: tuple[int, str]) -> tuple[int, int]:
+    """Return by what the occurrences of stop strings are ordered."""
+    begin, string = occurrence
+    return begin, len(string)
 
 
 def longest_beginning(text: str, strings: Iterable[str]) -> int:
@@ -293,6 +371,7 @@ class Sequence:
         self.followers: list[Sequence] = []  # those that have not forked yet
         # The engine's part: what it needs to make outputs.
         self.stop_ids: set[int] = set()
+        self.bad_words: list[list[int]] = []  # the tokens that spell each of them
         self.text_stream: TextStream | None = None
         self.prompt_logprobs: list[Logprobs | None] = [None]  # the prompt's first token has none
         self.added_at = time.perf_counter()  # seconds, like the next three
@@ -346,20 +425,29 @@ class Sequence:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why it ends with its newest token, judged after take_text; None if it goes on."""
-        ended_by_text = self.text_stream is not None and self.text_stream.stopped
+        ended_by_text = self.text_stream is not None and self.text_stream.stop_string is not None
         if self.ended_by_token or ended_by_text:
             return "stop"
         if self.num_generated >= self.params.max_tokens:
             return "length"
         return None
 
+    @property
+    def stop_reason(self) -> StopReason:
+        """Which of its stop strings or stop_token_ids ends it, judged after take_text."""
+        if self.ended_by_token:
+            token = self.tokens[-1]
+            return token if token in self.params.stop_token_ids else None
+        return None if self.text_stream is None else self.text_stream.stop_string
+
     def take_text(self) -> str:
         """Decode the newest token and return the text that became certain. Call it once a token.
 
-        A token that ends the sample is not part of the text."""
+        A token that ends the sample is part of the text if what stops it is."""
         if self.text_stream is None:
             return ""
-        has_text = self.num_generated > 0 and not self.ended_by_token
+        is_text = not self.ended_by_token or self.params.include_stop_str_in_output
+        has_text = self.num_generated > 0 and is_text
         return self.text_stream.push(
             self.tokens[-1:] if has_text else [],
             last=self.ended_by_token or self.num_generated >= self.params.max_tokens,

@@ -5,7 +5,7 @@ serving/routes.py; the engine has a thread of its own, see serving/worker.py.
 """
 
 import cli
-from config import ServeConfig
+from config import EngineConfig, ServeConfig
 
 if __name__ == "__main__":
     cli.run("server", ServeConfig)
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import gc
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ from starlette.types import ASGIApp
 
 from engine import Engine
 from errors import UserError
+from model import GPT
 from serving.api_errors import unavailable
 from serving.chat import load_template
 from serving.gate import Gate
@@ -36,6 +38,7 @@ from serving.log import set_up_logging, wants_text
 from serving.metrics import EngineCollector, Metrics
 from serving.routes import create_app
 from serving.served_model import ServedModel
+from serving.turns import Turns
 from serving.worker import Worker
 from tokenizer import Tokenizer
 from utils import open_model
@@ -45,6 +48,10 @@ log = logging.getLogger("server")
 SWITCH_INTERVAL = 5e-4
 """Seconds after which a busy thread gives way to another that waits. With Python's 5 ms the event
 loop would wait that long for the engine's thread at each turn."""
+
+OBJECTS_BETWEEN_COLLECTIONS = 20_000
+"""New objects after which the garbage collector looks at them. With Python's 700, to parse a long
+list of lists takes twice the time."""
 
 CONNECTION_TIMEOUT = 5
 """Seconds that uvicorn waits for connections to close once all requests have been answered."""
@@ -70,13 +77,14 @@ class Server(uvicorn.Server):
         max_model_len: tokens of the model's context."""
         self.drain_timeout = config.drain_timeout
         self.drain_task: asyncio.Task | None = None
-        metrics = Metrics(config.model_name)
+        metrics = Metrics(config.model_name, max_model_len)
         self.worker = Worker(make_engine, config, metrics, on_death=self.exit_soon)
-        collector = EngineCollector(self.worker.stats_and_queued, metrics.labels)
+        collector = EngineCollector(self.worker.stats_and_queued, metrics.labels, config.engine)
         metrics.registry.register(collector)
         template = load_template(config, tokenizer)
         model = ServedModel(config, self.worker, tokenizer, max_model_len, template)
-        super().__init__(uvicorn_config(add_gate(create_app(model), config)))
+        app = add_gate(create_app(model), config, model.turns)
+        super().__init__(uvicorn_config(app))
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until all is drained.
@@ -128,10 +136,10 @@ class Server(uvicorn.Server):
         self.exit_soon()
 
 
-def add_gate(app: ASGIApp, config: ServeConfig) -> ASGIApp:
+def add_gate(app: ASGIApp, config: ServeConfig, turns: Turns) -> ASGIApp:
     """Return app behind what every request must pass. CORS is outside: a browser's question what it
     may do comes without a key."""
-    app = Gate(app, config.api_key, config.max_body_bytes)
+    app = Gate(app, config.api_key, config.max_body_bytes, turns)
     if not config.cors_origins:
         return app
     return CORSMiddleware(
@@ -219,6 +227,20 @@ def exit_past_busy_thread() -> NoReturn:
     os._exit(0)
 
 
+def start_engine(
+    model: GPT, tokenizer: Tokenizer, config: EngineConfig, show_progress: bool
+) -> Engine:
+    """Return an engine, which takes its time to compile.
+
+    What was made until then stays, so the garbage collector need not look at it again: it would
+    keep all threads waiting while it does, for 0.3 s each time."""
+    engine = Engine(model, tokenizer, config, progress=show_progress)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
+    return engine
+
+
 async def serve_until_signalled(server: Server, listener: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM, and what runs then to its end."""
     loop = asyncio.get_running_loop()
@@ -238,7 +260,7 @@ def main(config: ServeConfig) -> None:
     model, tokenizer, _ = open_model(config)
     # A bar of what is compiled is for people only.
     show_progress = wants_text(config.log_format) and sys.stderr.isatty()
-    make_engine = partial(Engine, model, tokenizer, config.engine, progress=show_progress)
+    make_engine = partial(start_engine, model, tokenizer, config.engine, show_progress)
     server = Server(config, make_engine, tokenizer, model.config.block_size)
     listen(listener)
     url = url_of(listener)

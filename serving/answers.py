@@ -1,18 +1,21 @@
 """From the engine's outputs to answers: choices with text and logprobs, whole or streamed.
 
 AnswerWriter writes the answer to one request; it has a ChoiceWriter for each sample, which turns
-the engine's outputs into the choices of the completions or of the chat API.
+the engine's outputs into the choices of the completions or of the chat API. Lists of logprobs can
+be long: in their places choices have iterators, whose items are made when they are sent, see
+pieces.py.
 """
 
 import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from operator import attrgetter
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
@@ -21,11 +24,23 @@ from serving import protocol
 from serving.api_errors import APIError
 from serving.job import Job
 from serving.log import RequestLog
+from serving.pieces import in_turns, joined, json_fragments, json_response
 from serving.protocol import GenerationRequest, Usage
+from serving.turns import Turns
 from serving.worker import Worker
 from tokenizer import StreamDecoder, Tokenizer
 
 CLIENT_LEFT = 499  # nginx's number for it; only the log sees it
+
+
+class Piece(NamedTuple):
+    """One choice, and what is to be said beside it if it has an answer of its own."""
+
+    choice: Any
+    prompt_fields: dict[str, Any]
+    """Fields of the whole answer that tell of its prompt, by name."""
+    usage: Usage
+    """The tokens of its prompt and, so far, of its sample."""
 
 
 class ChoiceWriter(ABC):
@@ -47,8 +62,9 @@ class ChoiceWriter(ABC):
         self.prompt = prompt
         self.index = index
         self.completion_tokens = 0  # written so far
+        self.has_written = False
 
-    def write(self, output: Output) -> BaseModel | None:
+    def write(self, output: Output) -> Piece | None:
         """Return the choice that tells of this output.
 
         Returns None if there is nothing to tell: text is withheld while it could begin a stop
@@ -61,13 +77,47 @@ class ChoiceWriter(ABC):
         common_fields = {
             "index": self.index,
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
             "token_ids": token_ids,
         }
-        return self.make_choice(output, common_fields)
+        prompt_fields = {} if self.has_written else self._prompt_fields(output)
+        self.has_written = True
+        return self.make_piece(output, common_fields, prompt_fields)
 
     @abstractmethod
-    def make_choice(self, output: Output, common_fields: dict[str, Any]) -> BaseModel:
-        """Return output as a choice of this API; common_fields are those of all kinds of choice."""
+    def make_piece(
+        self, output: Output, common_fields: dict[str, Any], prompt_fields: dict[str, Any]
+    ) -> Piece:
+        """Return output as a choice of this API.
+
+        common_fields are those of all kinds of choice. prompt_fields tell of the prompt; they are
+        empty but for the first choice of a sample."""
+
+    def usage(self) -> Usage:
+        """Return the tokens of the prompt, and those of the sample that have been written."""
+        return make_usage(len(self.prompt), self.completion_tokens)
+
+    def _prompt_fields(self, output: Output) -> dict[str, Any]:
+        """Return what a sample's first output tells of the prompt, as far as it was asked for."""
+        fields: dict[str, Any] = {}
+        if self.body.return_token_ids:
+            fields["prompt_token_ids"] = self.prompt
+        if output.prompt_logprobs and self.body.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = map(self._prompt_logprob, output.prompt_logprobs)
+        return fields
+
+    def _prompt_logprob(self, entry: Logprobs | None) -> dict[int, protocol.PromptLogprob] | None:
+        if entry is None:
+            return None
+        ranks = {token: rank for rank, token in enumerate(entry.top, start=1)}
+        ranks.setdefault(entry.token, entry.rank)
+        likeliest = likeliest_tokens(entry, self.body.prompt_logprobs or 0)
+        return {
+            token: protocol.PromptLogprob(
+                logprob=logprob, rank=ranks[token], decoded_token=self.token_text(token)
+            )
+            for token, logprob in likeliest.items()
+        }
 
     def token_text(self, token: int) -> str:
         """Return the text of one token as OpenAI writes it: bytes that are no whole UTF-8
@@ -95,22 +145,23 @@ class CompletionChoiceWriter(ChoiceWriter):
         index: int,
     ) -> None:
         super().__init__(body, tokenizer, prompt, index)
-        self.decoder = StreamDecoder(tokenizer)
+        self.decoder = StreamDecoder(tokenizer, body.skip_special_tokens is not False)
         self.text_offset = 0  # characters of the tokens whose logprobs have been written
-        if body.echo:
-            self.completion_tokens = -len(prompt)  # outputs begin with the prompt's tokens
 
-    def make_choice(self, output: Output, common_fields: dict[str, Any]) -> protocol.Choice:
-        """Return output as a choice with text."""
+    def make_piece(
+        self, output: Output, common_fields: dict[str, Any], prompt_fields: dict[str, Any]
+    ) -> Piece:
+        """Return output as a choice with text. It tells of its prompt itself: there are several."""
         prompt_entries: list[tuple[int, Logprobs | None]] = []
         if output.prompt_logprobs:  # on the first output, if they were asked for
             prompt_entries = list(zip(self.prompt, output.prompt_logprobs, strict=True))
-        return protocol.Choice(
+        choice = protocol.Choice.model_construct(
             text=output.text,
             logprobs=self._logprobs(output, prompt_entries),
-            prompt_logprobs=self._prompt_logprobs(prompt_entries),
             **common_fields,
+            **prompt_fields,
         )
+        return Piece(choice, {}, self.usage())
 
     def _logprobs(
         self, output: Output, prompt_entries: list[tuple[int, Logprobs | None]]
@@ -126,40 +177,26 @@ class CompletionChoiceWriter(ChoiceWriter):
         """Return tokens with their logprobs; the first token of a prompt has none."""
         tokens = [token for token, _ in entries]
         scores = [entry for _, entry in entries]
-        return protocol.LogprobLists(
-            tokens=[self.token_text(token) for token in tokens],
+        return protocol.LogprobLists.model_construct(
+            tokens=map(self.token_text, tokens),
             token_logprobs=[None if entry is None else entry.logprob for entry in scores],
-            top_logprobs=[None if entry is None else self._top_logprobs(entry) for entry in scores],
+            top_logprobs=map(self._top_logprobs, scores),
             text_offset=self._text_offsets(tokens),
         )
 
-    def _text_offsets(self, tokens: list[int]) -> list[int]:
-        """Return how many characters of the text come before each token.
+    def _text_offsets(self, tokens: list[int]) -> Iterator[int]:
+        """Yield how many characters of the text come before each token.
 
         A character is counted with the token that completes it."""
-        offsets = []
         for token in tokens:
-            offsets.append(self.text_offset)
+            yield self.text_offset
             self.text_offset += len(self.decoder.push([token]))
-        return offsets
 
-    def _top_logprobs(self, entry: Logprobs) -> dict[str, float]:
+    def _top_logprobs(self, entry: Logprobs | None) -> dict[str, float] | None:
+        if entry is None:
+            return None
         likeliest = likeliest_tokens(entry, self.body.logprobs or 0)
         return {self.token_text(token): logprob for token, logprob in likeliest.items()}
-
-    def _prompt_logprobs(
-        self, entries: list[tuple[int, Logprobs | None]]
-    ) -> list[dict[int, protocol.PromptLogprob] | None] | None:
-        if not entries or self.body.prompt_logprobs is None:
-            return None
-        return [None if entry is None else self._prompt_logprob(entry) for _, entry in entries]
-
-    def _prompt_logprob(self, entry: Logprobs) -> dict[int, protocol.PromptLogprob]:
-        likeliest = likeliest_tokens(entry, self.body.prompt_logprobs or 0)
-        return {
-            token: protocol.PromptLogprob(logprob=logprob, decoded_token=self.token_text(token))
-            for token, logprob in likeliest.items()
-        }
 
 
 def likeliest_tokens(entry: Logprobs, k: int) -> dict[int, float]:
@@ -181,12 +218,20 @@ class ChatChoiceWriter(ChoiceWriter):
         super().__init__(body, tokenizer, prompt, index)
         self.role_is_written = False
 
-    def make_choice(self, output: Output, common_fields: dict[str, Any]) -> protocol.ChatPart:
-        """Return output as a message or, of a stream, as the piece of one."""
+    def make_piece(
+        self, output: Output, common_fields: dict[str, Any], prompt_fields: dict[str, Any]
+    ) -> Piece:
+        """Return output as a message or, of a stream, as the piece of one.
+
+        The answer tells of the prompt, because all samples have the same; the first does so."""
+        choice = self._choice(output, common_fields)
+        return Piece(choice, prompt_fields if self.index == 0 else {}, self.usage())
+
+    def _choice(self, output: Output, common_fields: dict[str, Any]) -> protocol.ChatPart:
         logprobs = None
         if output.logprobs is not None:
-            scored = [self._scored_token(entry) for entry in output.logprobs]
-            logprobs = protocol.ChatLogprobs(content=scored)
+            scored = map(self._scored_token, output.logprobs)
+            logprobs = protocol.ChatLogprobs.model_construct(content=scored)
         if not self.body.stream:
             message = protocol.ChatMessage(content=output.text)
             return protocol.ChatChoice(message=message, logprobs=logprobs, **common_fields)
@@ -225,11 +270,13 @@ class AnswerWriter:
         tokenizer: Tokenizer,
         model_name: str,
         request_log: RequestLog,
+        turns: Turns,
     ) -> None:
         """request_log is told how many tokens there were, and what broke off a stream."""
         self.body = body
         self.job = job
         self.request_log = request_log
+        self.turns = turns
         self.samples_per_prompt = job.params.n
         self.choice_writers: list[ChoiceWriter] = []
         for prompt in job.prompts:
@@ -243,34 +290,47 @@ class AnswerWriter:
         self.created = int(time.time())
         self.model_name = model_name
 
-    async def whole(self) -> protocol.Answer:
+    async def whole(self) -> Response:
         """Wait for everything, and return it in one answer. Raises APIError if the job fails."""
-        choices = self._choices(await self.job.next_outputs())
-        choices.sort(key=lambda choice: choice.index)
-        return self._answer(choices, self._usage())
+        pieces = self._pieces(await self.job.next_outputs())
+        choices = sorted((piece.choice for piece in pieces), key=attrgetter("index"))
+        answer = self._answer(choices, self._usage())
+        for piece in pieces:
+            set_fields(answer, piece.prompt_fields)
+        return json_response(answer, self.turns)
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         """Yield the answer in pieces, as server-sent events, as the engine brings them."""
+        options = self.body.stream_options or protocol.StreamOptions()
         try:
             while not self.job.is_done:
-                for choice in self._choices(await self.job.next_outputs()):
-                    yield event(self._answer([choice]))
+                pieces = self._pieces(await self.job.next_outputs())
+                tells_usage = options.continuous_usage_stats
+                answers = (self._chunk(piece, tells_usage) for piece in pieces)
+                async for piece in in_turns(joined(event_fragments(answers)), self.turns):
+                    yield piece
             usage = self._usage()
-            if self.body.stream_options and self.body.stream_options.include_usage:
+            if options.include_usage:
                 yield event(self._answer([], usage))
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
         except APIError as error:
             self.request_log.error = str(error)
             yield event(error.body)
 
-    def _choices(self, outputs: list[tuple[int, Output]]) -> list[Any]:
-        choices = []
+    def _pieces(self, outputs: list[tuple[int, Output]]) -> list[Piece]:
+        pieces = []
         for prompt, output in outputs:
             writer = self.choice_writers[prompt * self.samples_per_prompt + output.index]
-            choice = writer.write(output)
-            if choice is not None:
-                choices.append(choice)
-        return choices
+            piece = writer.write(output)
+            if piece is not None:
+                pieces.append(piece)
+        return pieces
+
+    def _chunk(self, piece: Piece, tells_usage: bool) -> protocol.Answer:
+        """Return a piece as an answer of its own."""
+        answer = self._answer([piece.choice], piece.usage if tells_usage else None)
+        set_fields(answer, piece.prompt_fields)
+        return answer
 
     def _answer(self, choices: list[Any], usage: Usage | None = None) -> protocol.Answer:
         return self.answer_type(
@@ -287,21 +347,40 @@ class AnswerWriter:
         completion_tokens = sum(writer.completion_tokens for writer in self.choice_writers)
         self.request_log.prompt_tokens = prompt_tokens
         self.request_log.completion_tokens = completion_tokens
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-        )
+        return make_usage(prompt_tokens, completion_tokens)
 
 
-def event(body: BaseModel) -> str:
+def make_usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    """Return so many tokens, and their sum."""
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+def set_fields(model: BaseModel, values: dict[str, Any]) -> None:
+    """Set fields of a model as they are: a list may be an iterator, see pieces.py."""
+    for name, value in values.items():
+        setattr(model, name, value)
+
+
+def event_fragments(bodies: Iterable[BaseModel]) -> Iterator[bytes]:
+    """Yield a server-sent event for each of the bodies, bit by bit."""
+    for body in bodies:
+        yield b"data: "
+        yield from json_fragments(body)
+        yield b"\n\n"
+
+
+def event(body: BaseModel) -> bytes:
     """Return a server-sent event."""
-    return f"data: {body.model_dump_json()}\n\n"
+    return b"".join(event_fragments([body]))
 
 
 @contextlib.asynccontextmanager
-async def cancel_on_disconnect(worker: Worker, job: Job, receive: Receive) -> AsyncIterator[None]:
-    """Fail the job as soon as its client goes away; leave nothing of it in the engine at the end.
+async def watching_client(job: Job, receive: Receive) -> AsyncIterator[None]:
+    """Inside, the job fails as soon as its client goes away.
 
     receive: the request's channel, whose body has been read, so that only the end is to come."""
     watcher = asyncio.create_task(fail_on_disconnect(job, receive))
@@ -309,7 +388,6 @@ async def cancel_on_disconnect(worker: Worker, job: Job, receive: Receive) -> As
         yield
     finally:
         watcher.cancel()
-        worker.close(job)
 
 
 async def fail_on_disconnect(job: Job, receive: Receive) -> None:
@@ -320,17 +398,41 @@ async def fail_on_disconnect(job: Job, receive: Receive) -> None:
     job.fail(APIError(CLIENT_LEFT, "the client has gone"))
 
 
+class WholeAnswer(Response):
+    """The answer to a job in one JSON object; the job ends when its client goes away."""
+
+    def __init__(self, writer: AnswerWriter, worker: Worker, job: Job) -> None:
+        super().__init__()
+        self.writer = writer
+        self.worker = worker
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer once there is all of it. Raises APIError if the job fails.
+
+        The job stays open until its client has the answer, because so long it takes memory."""
+        try:
+            async with watching_client(self.job, receive):
+                response = await self.writer.whole()
+            await response(scope, receive, send)
+        finally:
+            self.worker.close(self.job)
+
+
 class EventStream(StreamingResponse):
     """Server-sent events from a job, which ends when its client goes away."""
 
-    def __init__(self, events: AsyncIterator[str], worker: Worker, job: Job) -> None:
+    def __init__(self, writer: AnswerWriter, worker: Worker, job: Job) -> None:
         # Neither a cache nor nginx may hold back an event.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(writer.events(), media_type="text/event-stream", headers=headers)
         self.worker = worker
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        async with cancel_on_disconnect(self.worker, self.job, receive):
-            await self.stream_response(send)
+        try:
+            async with watching_client(self.job, receive):
+                await self.stream_response(send)
+        finally:
+            self.worker.close(self.job)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
+from errors import ContextLengthExceeded
 from serving.protocol import Error, ErrorDetail
 
 MAX_CHARACTERS = 2000
@@ -64,16 +65,19 @@ def unavailable(message: str) -> APIError:
 
 
 def refused(error: ValueError) -> APIError:
-    """Return a 400 with the error's sentence and, of a UserError, the parameter it is about."""
-    return APIError(400, str(error), param=getattr(error, "param", None))
+    """Return a 400 with the error's sentence and, of a UserError, the parameter it is about.
+
+    Clients that shorten a prompt and try again recognise by the code that they should."""
+    code = "context_length_exceeded" if isinstance(error, ContextLengthExceeded) else None
+    return APIError(400, str(error), param=getattr(error, "param", None), code=code)
 
 
 def invalid_request(errors: Sequence[Any]) -> APIError:
     """Return a 400 from what pydantic has found wrong: its list of {"loc", "msg", "type"}.
 
     Where several types are allowed (texts or token ids), pydantic reports each attempt; the one
-    that came closest went deepest."""
-    nearest = max(errors, key=lambda error: len(error["loc"]))
+    that came closest found nothing wrong but the length, or went deepest."""
+    nearest = max(errors, key=lambda error: (error["type"] == "too_long", len(error["loc"])))
     path = field_path(nearest["loc"])
     names = [part for part in path if isinstance(part, str)]
     where = written_path(path) or "the request"

@@ -22,6 +22,11 @@ MARK = "\ufdd0"
 SPECIAL_NAMES = {"bos_token", "eos_token"}
 """By these names templates call special tokens."""
 
+NO_CHAT_TEMPLATE = (
+    "this server has no chat template: start it with --chat_template=FILE, or with an "
+    "--init_from=DIR that brings one in tokenizer_config.json or chat_template.jinja"
+)
+
 MATCHES_NOTHING = "(?!)"
 """The regular expression for the special tokens of a vocabulary that has none."""
 
@@ -43,14 +48,20 @@ class ChatTemplate:
         self.special_tokens = "|".join(map(re.escape, longest_first)) or MATCHES_NOTHING
         self._check_syntax()
 
-    def encode(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+    def encode(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Return the token ids of the prompt.
 
-        Raises UserError if the template refuses the messages or makes nothing of them, and
-        ValueError if the vocabulary lacks their characters."""
+        It ends as an assistant's turn begins, or within the last message, whose turn is left open,
+        or, with neither, with the last turn. Raises UserError if the template refuses the messages
+        or makes nothing of them, and ValueError if the vocabulary lacks their characters."""
         marked = [message | {"content": self._mark(message["content"])} for message in messages]
         try:
-            text = self._render(marked, add_generation_prompt)
+            text = self._render(marked, add_generation_prompt, continue_final_message)
         except Exception as error:  # a template may raise anything: to the client it has refused
             raise UserError(f"the chat template does not take these messages: {error}") from error
         token_ids = self._encode_marked(text)
@@ -70,11 +81,17 @@ class ChatTemplate:
         except Exception:
             pass  # it may want another chat than this one
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+    ) -> str:
         texts, _ = self.render_jinja_template(
             [messages],
             chat_template=self.source,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             **self.special_names,
         )
         return texts[0]

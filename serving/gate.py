@@ -16,14 +16,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api_errors import APIError
 from serving.log import RequestLog, current_request, log_request
+from serving.turns import Turns
+
+LARGE_BODY = 1 << 15
+"""Bytes of a body that takes more than a millisecond to parse."""
 
 
 class Gate:
     """An ASGI layer: gives each request an id and a line in the log, asks for the API key, and
     limits the body's size."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        max_body_bytes: int,
+        turns: Turns | None = None,
+    ) -> None:
+        """turns: shared with others who have heavy work to do on the same event loop."""
         self.app = app
+        self.turns = turns or Turns()
         self.api_key = api_key
         self.max_body_bytes = max_body_bytes
 
@@ -44,7 +56,7 @@ class Gate:
     async def _admit(self, scope: Scope, headers: dict, receive: Receive, send: Send) -> None:
         """Let the request through to the app if it shows the key; /health needs none."""
         if scope["path"] == "/health" or self._allows(headers.get(b"authorization", b"")):
-            await self.app(scope, limit_body(receive, self.max_body_bytes), send)
+            await self.app(scope, limit_body(receive, self.max_body_bytes, self.turns), send)
             return
         # A browser asks for a password; Chromium does not if Bearer is offered, too.
         refusal = APIError(
@@ -75,8 +87,10 @@ def choose_request_id(headers: dict[bytes, bytes]) -> str:
     return given if is_safe else secrets.token_hex(16)
 
 
-def limit_body(receive: Receive, max_bytes: int) -> Receive:
-    """Return a receive that raises HTTPException 413 once the body has more than max_bytes."""
+def limit_body(receive: Receive, max_bytes: int, turns: Turns) -> Receive:
+    """Return a receive that raises HTTPException 413 once the body has more than max_bytes.
+
+    The end of a large body comes in a turn of its own: who receives it will parse the body."""
     received = 0
 
     async def limited_receive() -> Message:
@@ -87,6 +101,9 @@ def limit_body(receive: Receive, max_bytes: int) -> Receive:
             raise HTTPException(
                 413, f"the body has more than {max_bytes} bytes, which is the limit"
             )
+        is_end = message["type"] == "http.request" and not message.get("more_body", False)
+        if is_end and received >= LARGE_BODY:
+            await turns.take()
         return message
 
     return limited_receive

@@ -1,17 +1,20 @@
 """What the server takes and gives: OpenAI's completions and chat API as pydantic models.
 
 What OpenAI does not have goes by vLLM's names. FastAPI checks requests against these models and
-makes the OpenAPI page of them. A field that is not here is refused by its name.
+makes the OpenAPI page of them. A field that is not here is refused by its name, unless its value
+asks for nothing: see fields.py.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
 
 from errors import require
-from sequence import MAX_LOGPROBS, SamplingParams
+from sequence import MAX_BAD_TOKENS, MAX_BIASES, MAX_LOGPROBS, SamplingParams, StopReason
+from serving import fields
 
 TokenId = Annotated[int, Field(ge=0)]
 StopString = Annotated[str, Field(min_length=1, max_length=128)]
@@ -19,24 +22,76 @@ TokenIdKey = Annotated[int, Strict(False), Field(ge=0)]  # JSON's keys are strin
 Logprob = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
 
+MAX_ITEMS = 4096
+"""A list of more texts or messages is refused without a look at them. ServeConfig's limits, which
+are checked later, are much smaller."""
+
+# Lists that pydantic leaves at their first mistake, see RequestModel.
+FAIL_FAST = Field(fail_fast=True)
+SHORT = Field(fail_fast=True, max_length=MAX_ITEMS)
+TokenIds = Annotated[list[int], FAIL_FAST]
+
+STOP_REASON = "which of stop or stop_token_ids has ended the sample"
 TOKEN_TEXT = "a token that is no whole UTF-8 reads bytes:\\xe2\\x82"
 
 
+def require_few_biases(value: Any) -> Any:
+    """Return the logit_bias of a request; raise if it is larger than any engine allows."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError(
+            "too_long", "{given} entries, and {most} fit", {"given": len(value), "most": MAX_BIASES}
+        )
+    return value
+
+
+FEW_BIASES = BeforeValidator(require_few_biases)
+BAD_WORDS = Field(fail_fast=True, max_length=MAX_BAD_TOKENS)  # each has a token at least
+
+
 class RequestModel(BaseModel):
-    """What a client sends: of exactly these types, and nothing else."""
+    """What a client sends: of exactly these types, and nothing else.
+
+    A body of a megabyte can hold half a million mistakes. pydantic would describe each of them,
+    which takes seconds and gigabytes; so lists are left at their first mistake."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    asks_for_nothing: ClassVar[fields.Neutral] = {}
+    """The values of its fields that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_what_asks(cls, body: Any) -> Any:
+        """Return the body without fields that ask for nothing, and with one of the unknown fields
+        at most: one is enough to refuse it."""
+        if not isinstance(body, dict):
+            return body
+        body = fields.without_neutral(body, cls.asks_for_nothing)
+        all_known = cls.model_fields  # a property that takes its time
+        if len(body) <= len(all_known):
+            return body
+        known = {name: body[name] for name in all_known if name in body}
+        unknown = next(name for name in body if name not in all_known)
+        return known | {unknown: None}
 
 
 class StreamOptions(RequestModel):
     """What a stream has besides the choices."""
 
-    include_usage: bool = Field(False, description="a last chunk without choices tells the usage")
+    asks_for_nothing = fields.STREAM_OPTIONS
+
+    include_usage: bool = Field(
+        default=False, description="a last chunk without choices tells the usage"
+    )
+    continuous_usage_stats: bool = Field(
+        default=False, description="each chunk tells the usage of its prompt and sample so far"
+    )
 
 
 class GenerationRequest(RequestModel):
     """null means the default. See SamplingParams for what each field does and in which order they
     act."""
+
+    asks_for_nothing = fields.GENERATION
 
     model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
     stream: bool | None = None
@@ -52,14 +107,25 @@ class GenerationRequest(RequestModel):
     repetition_penalty: float | None = Field(None, gt=0)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[TokenIdKey, float] | None = None
+    logit_bias: Annotated[dict[TokenIdKey, float], FEW_BIASES] | None = None
+    allowed_token_ids: Annotated[list[TokenId], FAIL_FAST] | None = None
+    bad_words: Annotated[list[StopString], BAD_WORDS] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | list[StopString] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Annotated[list[StopString], SHORT] | None = None
+    stop_token_ids: Annotated[list[TokenId], FAIL_FAST] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1)
+    prompt_logprobs: Logprob | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        description="take only so many tokens from the prompt's end; -1: as many as there is room "
+        "for",
+    )
     return_token_ids: bool | None = Field(
-        None, description="also give token_ids, the prompt's among them if echo"
+        None, description="also give token_ids, and prompt_token_ids"
     )
 
     def stop_strings(self) -> tuple[str, ...]:
@@ -74,18 +140,18 @@ class GenerationRequest(RequestModel):
         for field in dataclasses.fields(SamplingParams):
             value = getattr(self, field.name, None)  # some are of the completions API only
             if value is not None:
-                given[field.name] = value
+                given[field.name] = tuple(value) if isinstance(value, list) else value
         given["stop"] = self.stop_strings()
-        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
         return given
 
 
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="texts or token ids")
+    prompt: str | TokenIds | Annotated[list[str], SHORT] | Annotated[list[TokenIds], SHORT] = Field(
+        description="texts or token ids"
+    )
     logprobs: Logprob | None = None
-    prompt_logprobs: Logprob | None = None
     echo: bool | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:
@@ -113,47 +179,88 @@ class TextPart(RequestModel):
 class Message(RequestModel):
     """One turn of a chat."""
 
+    asks_for_nothing = fields.MESSAGE
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = Field(description="parts are joined by line breaks")
+    content: str | Annotated[list[TextPart], SHORT] = Field(
+        description="parts are joined by line breaks"
+    )
 
-    def for_template(self) -> dict[str, str]:
-        """Return the message as chat templates expect it."""
+    def text(self) -> str:
+        """Return what is said, its parts joined by line breaks."""
         if isinstance(self.content, str):
-            text = self.content
-        else:
-            text = "\n".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+            return self.content
+        return "\n".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationRequest):
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+
+
+class ChatForm(RequestModel):
+    """How a prompt is made of a chat's messages."""
+
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="the prompt ends as an assistant's turn begins; default true, unless "
+        "continue_final_message",
+    )
+    continue_final_message: bool | None = Field(
+        None, description="the prompt ends within the last message, whose turn is left open"
+    )
+
+    def continues_turn(self) -> bool:
+        """Return whether the answer goes on with the last message."""
+        return bool(self.continue_final_message)
+
+    def opens_turn(self) -> bool:
+        """Return whether the answer is a turn of its own. Raises UserError if it is told both."""
+        if self.add_generation_prompt is None:
+            return not self.continues_turn()
+        require(
+            not (self.add_generation_prompt and self.continues_turn()),
+            "continue_final_message=true goes on with the last message, and "
+            "add_generation_prompt=true begins another: ask for one of them",
+            param="continue_final_message",
+        )
+        return self.add_generation_prompt
+
+
+class ChatRequest(GenerationRequest, ChatForm):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    asks_for_nothing = fields.GENERATION
+
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=0, description="another name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Logprob | None = Field(None, description="only with logprobs")
-    add_generation_prompt: bool | None = Field(
-        None, description="default true: the prompt ends as an assistant's turn begins"
-    )
+
+    def name_of_limit(self) -> str:
+        """Return the name by which the request gives max_tokens."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def limit(self) -> int | None:
+        """Return max_tokens by either name, if the request has it."""
+        return getattr(self, self.name_of_limit())
 
     def sampling_params(self, room: int) -> SamplingParams:
         """Return what the engine is asked for; max_tokens is `room`, if the request has none.
 
         Raises UserError where fields do not go together."""
-        given = {"max_tokens": room} | self.given_params()
-        if self.max_completion_tokens is not None:
-            require(
-                self.max_tokens is None,
-                f"max_completion_tokens={self.max_completion_tokens} and "
-                f"max_tokens={self.max_tokens} are one parameter: give one of them",
-                param="max_completion_tokens",
-            )
-            given["max_tokens"] = self.max_completion_tokens
+        require(
+            self.max_completion_tokens is None or self.max_tokens is None,
+            f"max_completion_tokens={self.max_completion_tokens} and "
+            f"max_tokens={self.max_tokens} are one parameter: give one of them",
+            param="max_completion_tokens",
+        )
         require(
             bool(self.logprobs) or self.top_logprobs is None,
             f"top_logprobs={self.top_logprobs} needs logprobs=true",
             param="top_logprobs",
         )
+        given = self.given_params()
+        limit = self.limit()
+        given["max_tokens"] = room if limit is None else limit
         given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return SamplingParams(**given)
 
@@ -171,7 +278,11 @@ class PromptLogprob(BaseModel):
     """What the model thinks of one token of the prompt, or of another in its place."""
 
     logprob: float
+    rank: int = Field(description="1 for the likeliest token")
     decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class Choice(BaseModel):
@@ -181,7 +292,9 @@ class Choice(BaseModel):
     text: str
     logprobs: LogprobLists | None = None
     finish_reason: FinishReason | None = None
-    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+    stop_reason: StopReason = Field(None, description=STOP_REASON)
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
 
 
@@ -251,6 +364,7 @@ class ChatPart(BaseModel):
     index: int
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: StopReason = Field(None, description=STOP_REASON)
     token_ids: list[int] | None = None
 
 
@@ -271,6 +385,8 @@ class ChatCompletion(Answer):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatChunk(Answer):
@@ -278,6 +394,8 @@ class ChatChunk(Answer):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
+    prompt_logprobs: PromptLogprobs | None = Field(None, description="on the first chunk")
+    prompt_token_ids: list[int] | None = Field(None, description="on the first chunk")
 
 
 class ModelCard(BaseModel):
@@ -297,11 +415,20 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class TokenizeRequest(RequestModel):
-    """The body of /tokenize."""
+class TokenizeRequest(ChatForm):
+    """The body of /tokenize: a prompt, or the messages of a chat."""
+
+    asks_for_nothing = fields.TOKENIZE
 
     model: str | None = None
-    prompt: str
+    prompt: str | None = None
+    messages: Messages | None = None
+
+    def text_or_chat(self) -> str | list[Message]:
+        """Return the prompt or the messages. Raises UserError unless there is one of them."""
+        given = [value for value in (self.prompt, self.messages) if value is not None]
+        require(len(given) == 1, "send a prompt or messages, and not both", param="prompt")
+        return given[0]
 
 
 class Tokens(BaseModel):
@@ -316,7 +443,7 @@ class DetokenizeRequest(RequestModel):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FAIL_FAST]
 
 
 class Text(BaseModel):

@@ -16,16 +16,11 @@ from starlette.exceptions import HTTPException
 
 from errors import UserError
 from serving import protocol
-from serving.answers import EventStream
 from serving.api_errors import APIError, invalid_request, refused
+from serving.chat import NO_CHAT_TEMPLATE
 from serving.served_model import ServedModel
 
 VERSION = "0.1.0"
-
-NO_CHAT_TEMPLATE = (
-    "this server has no chat template: start it with --chat_template=FILE, or with an "
-    "--init_from=DIR that brings one in tokenizer_config.json or chat_template.jinja"
-)
 
 # For the OpenAPI page: a 200 may also be a stream.
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -57,7 +52,11 @@ async def answer_validation_error(
     request: fastapi.Request, error: RequestValidationError
 ) -> Response:
     """Return a 400 for a body that protocol.py does not allow."""
-    return invalid_request(error.errors()).response()
+    response = invalid_request(error.errors()).response()
+    # FastAPI's frames refer to the error, and the error to them: without this, a body of many
+    # megabytes of small objects would stay until the garbage collector finds it.
+    error.__traceback__ = None
+    return response
 
 
 async def answer_failure(request: fastapi.Request, error: Exception) -> Response:
@@ -97,10 +96,8 @@ def add_completions(app: fastapi.FastAPI, model: ServedModel) -> None:
     """Add /v1/completions."""
 
     @app.post("/v1/completions", response_model=protocol.Completion, responses=STREAMED)
-    async def completions(
-        body: protocol.CompletionRequest, request: fastapi.Request
-    ) -> EventStream | protocol.Answer:
-        return await model.complete(body, request.receive)
+    async def completions(body: protocol.CompletionRequest) -> Response:
+        return await model.complete(body)
 
 
 def add_chat(app: fastapi.FastAPI, model: ServedModel) -> None:
@@ -111,10 +108,8 @@ def add_chat(app: fastapi.FastAPI, model: ServedModel) -> None:
         return
 
     @app.post(path, response_model=protocol.ChatCompletion, responses=STREAMED)
-    async def chat_completions(
-        body: protocol.ChatRequest, request: fastapi.Request
-    ) -> EventStream | protocol.Answer:
-        return await model.chat(body, request.receive)
+    async def chat_completions(body: protocol.ChatRequest) -> Response:
+        return await model.chat(body)
 
 
 def add_refusal(app: fastapi.FastAPI, path: str, sentence: str) -> None:
@@ -128,13 +123,13 @@ def add_refusal(app: fastapi.FastAPI, path: str, sentence: str) -> None:
 def add_tokens(app: fastapi.FastAPI, model: ServedModel) -> None:
     """Add the vocabulary: /tokenize and /detokenize."""
 
-    @app.post("/tokenize")
-    async def tokenize(body: protocol.TokenizeRequest) -> protocol.Tokens:
+    @app.post("/tokenize", response_model=protocol.Tokens)
+    async def tokenize(body: protocol.TokenizeRequest) -> Response:
         return await model.tokenize(body)
 
     @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> protocol.Text:
-        return model.detokenize(body)
+        return await model.detokenize(body)
 
 
 def add_model(app: fastapi.FastAPI, model: ServedModel) -> None:
@@ -143,6 +138,10 @@ def add_model(app: fastapi.FastAPI, model: ServedModel) -> None:
     @app.get("/v1/models")
     async def models() -> protocol.ModelList:
         return protocol.ModelList(data=[model.card()])
+
+    @app.get("/v1/models/{name:path}")  # a name may hold slashes
+    async def retrieve_model(name: str) -> protocol.ModelCard:
+        return model.card(name)
 
     @app.get("/version")
     async def version() -> protocol.Version:

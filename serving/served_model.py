@@ -6,13 +6,18 @@ followed from end to end.
 
 import asyncio
 import time
+from collections.abc import Callable
+from collections.abc import Sequence as AnySequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
-from starlette.types import Receive
+from fastapi.responses import Response
 
 from config import ServeConfig
 from engine import Engine, Stats
-from errors import UserError
-from sequence import SamplingParams
+from errors import ContextLengthExceeded, UserError, require
+from sequence import SamplingParams, require_context
 from serving import protocol
 from serving.answers import (
     AnswerWriter,
@@ -20,14 +25,28 @@ from serving.answers import (
     ChoiceWriter,
     CompletionChoiceWriter,
     EventStream,
-    cancel_on_disconnect,
+    WholeAnswer,
 )
 from serving.api_errors import APIError
-from serving.chat import ChatTemplate
+from serving.chat import NO_CHAT_TEMPLATE, ChatTemplate
 from serving.job import Job
 from serving.log import current_request
+from serving.pieces import json_response
+from serving.turns import Turns
 from serving.worker import Worker
 from tokenizer import Tokenizer
+
+Result = TypeVar("Result")
+
+SHORT_TEXT = 1 << 12
+"""Characters, or tokens, that are turned into the other in about a millisecond."""
+
+LONG_TEXT = 1 << 17
+"""Characters, or tokens, that take a tenth of a second or more. They wait for each other, so that
+they keep nobody else waiting: a megabyte takes 0.6 s and 150 MB to encode."""
+
+ENCODERS = 2
+"""Threads for texts between the two. More would hold Python's lock for most of the time."""
 
 
 class ServedModel:
@@ -49,59 +68,65 @@ class ServedModel:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.template = template
+        self.turns = Turns()
+        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder")
+        self.long_encoder = ThreadPoolExecutor(1, thread_name_prefix="long_encoder")
         self.created = int(time.time())  # seconds since 1970
 
-    async def complete(
-        self, body: protocol.CompletionRequest, receive: Receive
-    ) -> EventStream | protocol.Answer:
-        """Answer a completion. receive: the request's channel, on which its client's end comes."""
+    async def complete(self, body: protocol.CompletionRequest) -> Response:
+        """Answer a completion."""
         given_prompts = body.prompts()
         self._check_common(body)
         check_limit("prompt", len(given_prompts), self.config.max_prompts)
         check_limit("logprobs", body.logprobs, self.config.max_logprobs)
-        check_limit("prompt_logprobs", body.prompt_logprobs, self.config.max_logprobs)
-        prompts = []
-        for prompt in given_prompts:
-            prompts.append(await self._encode(prompt) if isinstance(prompt, str) else prompt)
         params = body.sampling_params()
-        return await self._generate(CompletionChoiceWriter, body, prompts, params, receive)
+        if body.truncate_prompt_tokens is None:
+            for prompt in given_prompts:
+                self._require_room(self._fewest_tokens(prompt), "prompt")
+        prompts = await self._encode(given_prompts)
+        prompts = [self._truncate(prompt, body, params.max_tokens) for prompt in prompts]
+        for prompt in prompts:
+            require_context(len(prompt), params.max_tokens, self.max_model_len)
+        return await self._generate(CompletionChoiceWriter, body, prompts, params)
 
-    async def chat(
-        self, body: protocol.ChatRequest, receive: Receive
-    ) -> EventStream | protocol.Answer:
-        """Answer a chat. receive: the request's channel, on which its client's end comes."""
-        assert self.template is not None, "without a template, there is no route that leads here"
+    async def chat(self, body: protocol.ChatRequest) -> Response:
+        """Answer a chat."""
         self._check_common(body)
         check_limit("top_logprobs", body.top_logprobs, self.config.max_logprobs)
         self.worker.require_ready()  # the pages are counted once the engine is warm
-        messages = [message.for_template() for message in body.messages]
-        add_generation_prompt = body.add_generation_prompt is not False
-        try:
-            prompt = await asyncio.to_thread(self.template.encode, messages, add_generation_prompt)
-        except ValueError as error:
-            raise APIError(400, str(error), param="messages") from error
+        if body.truncate_prompt_tokens is None:
+            # Templates take spaces away from the ends of what is said, but not the words.
+            said = "".join(message.text().strip() for message in body.messages)
+            self._require_room(self.tokenizer.fewest_tokens(said), "messages")
+        prompt = await self._encode_chat(body.messages, body)
+        prompt = self._truncate(prompt, body, body.limit() or 1)
         params = body.sampling_params(self._room_after(prompt))
-        return await self._generate(ChatChoiceWriter, body, [prompt], params, receive)
+        names = ("messages", body.name_of_limit())
+        require_context(len(prompt), params.max_tokens, self.max_model_len, *names)
+        return await self._generate(ChatChoiceWriter, body, [prompt], params)
 
-    async def tokenize(self, body: protocol.TokenizeRequest) -> protocol.Tokens:
-        """Return the token ids of a text."""
+    async def tokenize(self, body: protocol.TokenizeRequest) -> Response:
+        """Return the token ids of a text, or of a chat, which may be longer than the model's
+        context."""
         self._check_model(body.model)
-        tokens = await self._encode(body.prompt)
-        return protocol.Tokens(tokens=tokens, count=len(tokens), max_model_len=self.max_model_len)
+        given = body.text_or_chat()
+        if isinstance(given, str):
+            [tokens] = await self._encode([given])
+        else:
+            tokens = await self._encode_chat(given, body)
+        answer = protocol.Tokens(tokens=tokens, count=len(tokens), max_model_len=self.max_model_len)
+        return json_response(answer, self.turns)
 
-    def detokenize(self, body: protocol.DetokenizeRequest) -> protocol.Text:
+    async def detokenize(self, body: protocol.DetokenizeRequest) -> protocol.Text:
         """Return the text of token ids."""
         self._check_model(body.model)
-        last = self.tokenizer.vocab_size - 1
-        unknown = [token for token in body.tokens if token > last]
-        if unknown:
-            raise UserError(
-                f"tokens has token {unknown[0]}, and the vocabulary ends at {last}", param="tokens"
-            )
-        return protocol.Text(prompt=self.tokenizer.decode(body.tokens))
+        decode = partial(decode_tokens, self.tokenizer, body.tokens)
+        text = await self._work(decode, size=len(body.tokens), param="tokens")
+        return protocol.Text(prompt=text)
 
-    def card(self) -> protocol.ModelCard:
-        """Return what /v1/models says."""
+    def card(self, name: str | None = None) -> protocol.ModelCard:
+        """Return what /v1/models says of the model. Raises APIError if its name is another."""
+        self._check_model(name)
         return protocol.ModelCard(
             id=self.config.model_name, created=self.created, max_model_len=self.max_model_len
         )
@@ -141,25 +166,79 @@ class ServedModel:
         self._check_model(body.model)
         check_limit("n", body.n, self.config.max_n)
         check_limit("stop", len(body.stop_strings()), self.config.max_stop)
+        check_limit("prompt_logprobs", body.prompt_logprobs, self.config.max_logprobs)
         if body.stream_options and not body.stream:
             raise UserError("stream_options: only for stream=true", param="stream_options")
 
-    async def _encode(self, text: str) -> list[int]:
-        """Return the token ids of text, made on another thread: a long one must not hold up the
-        other requests."""
+    async def _encode(self, prompts: AnySequence[str | list[int]]) -> list[list[int]]:
+        """Return the prompts with the token ids of those that are texts."""
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        encode = partial(encode_texts, self.tokenizer, prompts)
+        return await self._work(encode, size, param="prompt")
+
+    async def _encode_chat(
+        self, messages: list[protocol.Message], form: protocol.ChatForm
+    ) -> list[int]:
+        """Return the token ids of a chat. Raises UserError where there is no template."""
+        if self.template is None:
+            raise UserError(NO_CHAT_TEMPLATE, param="messages")
+        rendered = [{"role": message.role, "content": message.text()} for message in messages]
+        size = sum(len(message["content"]) for message in rendered)
+        encode = partial(self.template.encode, rendered, form.opens_turn(), form.continues_turn())
+        return await self._work(encode, size, param="messages")
+
+    def _truncate(
+        self, prompt: list[int], body: protocol.GenerationRequest, max_tokens: int
+    ) -> list[int]:
+        """Return as many tokens of the prompt's end as the request wants, all if it says nothing.
+
+        max_tokens: how many shall follow at least."""
+        wanted = body.truncate_prompt_tokens
+        if wanted is None:
+            return prompt
+        if wanted == -1:
+            wanted = max(1, self._most_tokens() - max_tokens)
+        return prompt[max(0, len(prompt) - wanted) :]
+
+    async def _work(self, work: Callable[[], Result], size: int, param: str) -> Result:
+        """Return work(), done on another thread if it is much: nobody else must wait for it.
+
+        size: characters or tokens. A ValueError becomes a 400 that is about `param`."""
         try:
-            return await asyncio.to_thread(self.tokenizer.encode, text)
+            if size <= SHORT_TEXT:
+                return work()
+            threads = self.encoders if size <= LONG_TEXT else self.long_encoder
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
         except ValueError as error:
-            raise APIError(400, str(error), param="prompt") from error
+            raise APIError(400, str(error), param=param) from error
+
+    def _fewest_tokens(self, prompt: str | list[int]) -> int:
+        """Return how many tokens a prompt has at least, without encoding it."""
+        return self.tokenizer.fewest_tokens(prompt) if isinstance(prompt, str) else len(prompt)
+
+    def _require_room(self, fewest_tokens: int, param: str) -> None:
+        """Raise UserError if so many tokens are more than the context, before they are made."""
+        if fewest_tokens > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.max_model_len} tokens, and {param} "
+                f"makes at least {fewest_tokens}: send less",
+                param=param,
+            )
 
     def _room_after(self, prompt: list[int]) -> int:
-        """Return how many tokens may follow the prompt, by the context and by the whole pool.
+        """Return how many tokens may follow the prompt.
 
-        Where there is no room at all, 1: the engine refuses that in a sentence with its numbers."""
+        Where there is no room at all, 1: that is refused in a sentence with both numbers."""
+        return max(1, self._most_tokens() - len(prompt))
+
+    def _most_tokens(self) -> int:
+        """Return how many tokens a sequence may have, by the context and by the whole pool.
+
+        Raises APIError 503 while the engine is not warm."""
+        self.worker.require_ready()
         stats = self.worker.stats
         assert stats is not None, "the worker is ready, so its engine has statistics"
-        pool_tokens = stats.pages * self.config.engine.page_size
-        return max(1, min(self.max_model_len, pool_tokens) - len(prompt))
+        return min(self.max_model_len, stats.pages * self.config.engine.page_size)
 
     async def _generate(
         self,
@@ -167,19 +246,51 @@ class ServedModel:
         body: protocol.GenerationRequest,
         prompts: list[list[int]],
         params: SamplingParams,
-        receive: Receive,
-    ) -> EventStream | protocol.Answer:
+    ) -> Response:
         """Bring the prompts to the engine, and what comes of them into an answer."""
         request_log = current_request.get()
         job = Job(request_log.request_id, prompts, params, bool(body.stream))
+        self._check_logprobs(job)
         writer = AnswerWriter(
-            choice_writer, body, job, self.tokenizer, self.config.model_name, request_log
+            choice_writer,
+            body,
+            job,
+            self.tokenizer,
+            self.config.model_name,
+            request_log,
+            self.turns,
         )
         await self.worker.submit(job)
         if body.stream:
-            return EventStream(writer.events(), self.worker, job)
-        async with cancel_on_disconnect(self.worker, job, receive):
-            return await writer.whole()
+            return EventStream(writer, self.worker, job)
+        return WholeAnswer(writer, self.worker, job)
+
+    def _check_logprobs(self, job: Job) -> None:
+        """Raise UserError if the answer would have more logprobs than this server allows."""
+        limit = self.config.max_total_logprobs
+        require(
+            job.logprobs <= limit,
+            f"the answer could have {job.logprobs} logprobs, and this server allows {limit}: ask "
+            "for fewer prompts, samples, tokens or alternatives",
+            param="logprobs" if job.params.prompt_logprobs is None else "prompt_logprobs",
+        )
+
+
+def encode_texts(tokenizer: Tokenizer, prompts: AnySequence[str | list[int]]) -> list[list[int]]:
+    """Return the prompts with the token ids of those that are texts."""
+    return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def decode_tokens(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Return the text of token ids. Raises UserError if the vocabulary does not have them all."""
+    last = tokenizer.vocab_size - 1
+    largest = max(tokens, default=0)
+    require(
+        largest <= last,
+        f"tokens has token {largest}, and the vocabulary ends at {last}",
+        param="tokens",
+    )
+    return tokenizer.decode(tokens)
 
 
 def check_limit(name: str, value: int | None, limit: int) -> None:

@@ -19,9 +19,13 @@ from errors import UserError
 from sequence import Output
 from serving.api_errors import APIError, refused, unavailable
 from serving.job import Job
-from serving.metrics import Metrics
+from serving.metrics import Metrics, SampleEnd
 
 log = logging.getLogger("server")
+
+OPEN_ANSWERS = 8
+"""So many answers of ServeConfig.max_total_logprobs may be open at once, from their admission until
+their client has read them. It bounds the memory that readers can take, slow ones too."""
 
 Command = Callable[[Engine], None]
 Answer = TypeVar("Answer")
@@ -136,7 +140,7 @@ class Worker:
         if not self.open_jobs:
             self.idle.set()
         if job.unfinished:
-            self.metrics.count_ended("abort")
+            self.metrics.count_aborted(job.unfinished)
             self._send_command(partial(self._cancel, job))
 
     def fail_all(self, error: APIError) -> None:
@@ -160,41 +164,70 @@ class Worker:
         return await asyncio.wait_for(answer, self.config.step_timeout)
 
     def _enqueue(self, job: Job) -> None:
-        """Leave the job in the inbox. Raises APIError 429 if the queue has no room for it."""
+        """Leave the job in the inbox. Raises APIError 429 if there is no room for it."""
+        self._require_room_for_logprobs(job)
         limit = self.config.max_waiting
         with self.wake:
             assert self.stats is not None, "jobs come only once the engine is warm"
             waiting = self.stats.waiting + self.queued
             if waiting + len(job.prompts) > limit:
-                raise APIError(
-                    429,
-                    f"{waiting} prompts are waiting, and the limit is {limit}: try again later",
-                    code="queue_full",
-                    headers={"Retry-After": "1"},
-                )
+                raise too_busy(f"{waiting} prompts are waiting, and the limit is {limit}")
             self.queued += len(job.prompts)
             self._send_command(partial(self._add, job))
+
+    def _require_room_for_logprobs(self, job: Job) -> None:
+        """Raise APIError 429 if the logprobs of all open answers would take too much memory."""
+        limit = OPEN_ANSWERS * self.config.max_total_logprobs
+        open_logprobs = sum(open_job.logprobs for open_job in self.open_jobs)
+        if job.logprobs and open_logprobs + job.logprobs > limit:
+            raise too_busy(
+                f"open answers have {open_logprobs} logprobs, this one would have {job.logprobs}, "
+                f"and the limit is {limit}"
+            )
 
     def _send_command(self, command: Command) -> None:
         with self.wake:
             self.inbox.append(command)
             self.wake.notify()
 
-    def _deliver(self, now: float, outputs: list[tuple[Job, int, Output]]) -> None:
-        """Hand the outputs of one step, which ended at `now`, to their jobs."""
+    def _deliver(
+        self, now: float, step_tokens: int, outputs: list[tuple[Job, int, Output]]
+    ) -> None:
+        """Hand the outputs of one step, which ended at `now`, to their jobs.
+
+        step_tokens: prompt tokens that it computed, and new ones that it brought."""
+        if step_tokens:
+            self.metrics.observe_step(step_tokens)
         for job, prompt, output in outputs:
-            self._measure(job, prompt, output, now)
-            job.put(prompt, output)
+            if job in self.open_jobs:
+                self._measure(job, prompt, output, now)
+                job.put(prompt, output)
 
     def _measure(self, job: Job, prompt: int, output: Output, now: float) -> None:
-        since_arrival = now - job.arrived
         since_previous = job.note_output(prompt, output, now)
         if since_previous is None:
-            self.metrics.observe_first_token(since_arrival)
+            self.metrics.observe_first_token(now - job.arrived)
         else:
             self.metrics.observe_next_token(since_previous)
         if output.finish_reason is not None:
-            self.metrics.observe_end(output.finish_reason, since_arrival)
+            self._measure_end(job, prompt, output, now)
+
+    def _measure_end(self, job: Job, prompt: int, output: Output, now: float) -> None:
+        assert output.finish_reason is not None and output.times is not None
+        self.metrics.observe_sample_end(
+            SampleEnd(
+                finish_reason=output.finish_reason,
+                arrived=job.arrived,
+                now=now,
+                times=output.times,
+                prompt_tokens=len(job.prompts[prompt]),
+                new_tokens=job.new_tokens(prompt, output),
+                max_tokens=job.params.max_tokens,
+            )
+        )
+        longest = job.note_end(prompt, output)
+        if longest is not None:
+            self.metrics.observe_prompt_end(job.params.n, longest)
 
     def _announce_death(self) -> None:
         self.fail_all(APIError(500, "the engine has died; the server is going down"))
@@ -227,11 +260,12 @@ class Worker:
         commands, prompts_taken = self._wait_for_work(engine)
         for command in commands:
             command(engine)
+        tokens_before = tokens_done(engine)
         self.step_began = time.monotonic()
         outputs = engine.step() if engine.busy else []
         self.step_began = None
         self._publish_stats(engine, prompts_taken)
-        self._return_outputs(outputs)
+        self._return_outputs(outputs, tokens_done(engine) - tokens_before)
         self._forget_ended(engine, outputs)
 
     def _wait_for_work(self, engine: Engine) -> tuple[list[Command], int]:
@@ -252,11 +286,11 @@ class Worker:
             self.stats = stats
             self.queued -= prompts_taken
 
-    def _return_outputs(self, outputs: list[Output]) -> None:
-        if not outputs:
+    def _return_outputs(self, outputs: list[Output], step_tokens: int) -> None:
+        if not outputs and not step_tokens:
             return
         addressed = [(*self.jobs[output.request_id], output) for output in outputs]
-        self._post(self._deliver, time.perf_counter(), addressed)
+        self._post(self._deliver, time.perf_counter(), step_tokens, addressed)
 
     def _forget_ended(self, engine: Engine, outputs: list[Output]) -> None:
         for engine_id in {output.request_id for output in outputs}:
@@ -297,3 +331,15 @@ class Worker:
         for engine_id in job.engine_ids:
             engine.cancel(engine_id)
             self.jobs.pop(engine_id, None)
+
+
+def tokens_done(engine: Engine) -> int:
+    """Return the prompt tokens computed and the new tokens given out since the start."""
+    return engine.computed_tokens + engine.generation_tokens
+
+
+def too_busy(reason: str) -> APIError:
+    """Return a 429: the request may be sent again, here or to another replica."""
+    return APIError(
+        429, f"{reason}: try again later", code="queue_full", headers={"Retry-After": "1"}
+    )

@@ -7,6 +7,7 @@ few seconds in its own process. Start reading at soak().
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -185,19 +186,26 @@ def main() -> None:
 
 def soak_process(model: str | Path, seconds: float) -> dict:
     """Start a server.py with this model, load it, end it. Returns what was seen."""
-    flags = [f"--init_from={model}", "--port=0", "--max_waiting=64", "--log_format=json"]
-    command = [sys.executable, "server.py", *flags, *SMALL_ENGINE]
+    with server_process(model, ["--max_waiting=64", *SMALL_ENGINE]) as (process, url):
+        report = soak(url, seconds, lambda: memory_of(process.pid))
+    return report | {"exit_code": process.returncode}
+
+
+@contextlib.contextmanager
+def server_process(model: str | Path, flags: list[str]) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Start a server.py with this model, and wait until it is warm; end it afterwards."""
+    command = [sys.executable, "server.py", f"--init_from={model}", "--port=0"]
+    command += ["--log_format=json", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         url = next(json.loads(line)["url"] for line in process.stderr if '"serving' in line)
         threading.Thread(target=print_errors, args=(process.stderr,), daemon=True).start()
         while requests.get(f"{url}/health", timeout=TIMEOUT).status_code != 200:
             time.sleep(0.2)
-        report = soak(url, seconds, lambda: memory_of(process.pid))
+        yield process, url
     finally:
         process.terminate()
-        exit_code = process.wait(TIMEOUT)
-    return report | {"exit_code": exit_code}
+        process.wait(TIMEOUT)
 
 
 def print_errors(log: IO[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 import config
+import pretrained
 from bench import BENCHES
 from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, ServeConfig, TrainConfig
 from errors import UserError
@@ -37,8 +38,8 @@ def test_the_number_of_parameters_without_biases_and_positions():
 
 def test_changed_is_what_differs_from_gpt2():
     """Catches an override of a pretrained model that is lost, or a default that overrides one."""
-    assert config.changed(GPTConfig()) == {}
-    assert config.changed(GPTConfig(bias=False, dropout=0.1)) == {"bias": False, "dropout": 0.1}
+    assert pretrained.changed(GPTConfig()) == {}
+    assert pretrained.changed(GPTConfig(bias=False, dropout=0.1)) == {"bias": False, "dropout": 0.1}
 
 
 @pytest.mark.parametrize("config_class", CONFIGS + BENCH_CONFIGS, ids=lambda c: c.__name__)

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 import generation
-from checkpoints import Checkpoints
 from config import GPTConfig, TrainConfig
 from errors import UserError
+from formats.checksums import seal
 from generation import KVCache, window_start
 from model import GPT, MLP, CausalSelfAttention, LayerNorm
 from ops import (
@@ -27,6 +27,7 @@ from ops import (
     flash_attention,
 )
 from tokenizer import CharTokenizer
+from training.checkpoints import Checkpoints
 from utils import TrainState
 
 TINY = GPTConfig(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=32)
@@ -444,8 +445,8 @@ def test_from_pretrained_loads_an_out_dir(tmp_path):
         params = jax.tree.map(lambda a, step=step: a + step, state.params)
         checkpoints.save(dataclasses.replace(state, step=state.step + step, params=params), loss)
     checkpoints.close()
-    (tmp_path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(TINY)}))
-    (tmp_path / "meta.json").write_text(json.dumps(CharTokenizer("ab").meta()))
+    (tmp_path / "config.json").write_text(json.dumps(seal({"model": dataclasses.asdict(TINY)})))
+    (tmp_path / "meta.json").write_text(json.dumps(seal(CharTokenizer("ab").meta())))
 
     model = GPT.from_pretrained(tmp_path, dtype="bfloat16")
     assert model.config == dataclasses.replace(TINY, dtype="bfloat16")

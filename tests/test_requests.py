@@ -3,6 +3,7 @@ refusals."""
 
 import dataclasses
 import math
+import re
 import string
 
 import numpy as np
@@ -14,7 +15,8 @@ import engine as engine_module
 from engine import Engine
 from errors import UserError
 from model import GPT
-from sequence import SamplingParams, TextStream
+from sampling import spell
+from sequence import Output, SamplingParams, TextStream
 from tiny_engine import (
     END,
     GREEDY,
@@ -209,36 +211,176 @@ SCORED = {
 
 @pytest.mark.parametrize("times", [1, 2])  # the second time the prefix is in the cache
 def test_logprobs_are_the_dense_models(engine, model, times):
-    """Catches logprobs of other tokens, after penalties, or off by one; and prompts scored through
-    a prefix hit."""
+    """Catches logprobs and ranks of other tokens, after penalties, or off by one; and prompts
+    scored through a prefix hit."""
     [prompt] = prompts_of([21])
     for _ in range(times):
         output = generate(engine, prompt, **SCORED)
-    [expected] = dense_logprobs(model, [output.token_ids])
+    tokens = prompt + output.token_ids
+    [expected] = dense_logprobs(model, [tokens])
     entries = output.prompt_logprobs + output.logprobs
     assert entries[0] is None
-    following = zip(output.token_ids[1:], entries[1:], strict=True)
+    following = zip(tokens[1:], entries[1:], strict=True)
     for position, (token, entry) in enumerate(following):
         logprobs = expected[position]
         count = SCORED["prompt_logprobs"] if position < len(prompt) - 1 else SCORED["logprobs"]
         assert entry.token == token
         assert entry.logprob == pytest.approx(logprobs[token], abs=1e-5)
+        assert entry.rank == 1 + (logprobs > logprobs[token]).sum()
         assert list(entry.top) == np.argsort(-logprobs)[:count].tolist()
         np.testing.assert_allclose(list(entry.top.values()), -np.sort(-logprobs)[:count], atol=1e-5)
 
 
 def test_echo_and_scoring_alone(engine):
-    """Catches an echo that is not the prompt, and a score without new tokens that differs from one
-    with them."""
+    """Catches an echo that is not the prompt's text or changes the new tokens, and a score without
+    new tokens that differs from one with them."""
     [prompt] = prompts_of([21])
     output = generate(engine, prompt, **SCORED)
-    assert output.token_ids[:21] == prompt and len(output.token_ids) == 21 + 5
-    assert output.text == Words().decode(output.token_ids)
+    assert len(output.token_ids) == 5
+    assert output.text == Words().decode(prompt + output.token_ids)
     scored = generate(engine, prompt, max_tokens=0, prompt_logprobs=0)
     assert scored.prompt_logprobs[0] is None
     without_top = [entry._replace(top={}) for entry in output.prompt_logprobs[1:]]
     assert scored.prompt_logprobs[1:] == without_top
     assert (scored.token_ids, scored.text, scored.finish_reason) == ([], "", "length")
+
+
+def text_of(engine, prompt: str, answer: str, **params) -> Output:
+    """Return the one sample whose new tokens spell answer: each is made certain by a bias."""
+    tokens = engine.tokenizer.encode(answer)
+    assert len(set(tokens)) == len(tokens), "presence makes each come once, in order of the biases"
+    biases = {token: 5000.0 - 100 * i for i, token in enumerate(tokens)}
+    params = {"logit_bias": biases, "presence_penalty": 9000.0, "temperature": 0, **params}
+    return generate(
+        engine, engine.tokenizer.encode(prompt), **{"max_tokens": len(tokens), **params}
+    )
+
+
+def test_a_stop_string_in_an_echoed_prompt(char_engine):
+    """Catches a sample that ends before it begins, because its own prompt has the stop string, or
+    begins it; and one whose echo hides the stop string that is generated."""
+    output = text_of(char_engine, "xST", "OPabcSTuv", stop=("ST", "STOP", "TO"), echo=True)
+    assert (output.text, output.finish_reason) == ("xSTOPabc", "stop")
+    assert output.stop_reason == "ST"
+    assert output.token_ids == char_engine.tokenizer.encode("OPabcST")
+
+
+@pytest.mark.parametrize(
+    "stop, min_tokens, text",
+    [
+        ("bc", 2, "a"),  # "bc" ends with the third token
+        ("bc", 3, "a"),
+        ("bc", 4, "abcdefg"),
+        ("b", 2, "a"),
+        ("b", 3, "abcdefg"),
+        ("cde", 4, "ab"),  # begun before min_tokens, and complete after them
+        ("cde", 5, "ab"),
+        ("cde", 6, "abcdefg"),
+        ("g", 7, "abcdef"),
+    ],
+)
+@pytest.mark.parametrize("other", [(), ("bcdz", "z")])
+def test_stop_strings_and_min_tokens(char_engine, stop, min_tokens, text, other):
+    """Catches a stop string that is overlooked because it ends exactly at min_tokens or began
+    before, or one that ends a sample too early."""
+    output = text_of(char_engine, "x", "abcdefg", stop=(stop, *other), min_tokens=min_tokens)
+    assert output.text == text
+    assert len(output.token_ids) >= min_tokens
+    stopped = text != "abcdefg"
+    assert output.finish_reason == ("stop" if stopped else "length")
+    assert output.stop_reason == (stop if stopped else None)
+
+
+def test_what_ends_a_sample_is_named_and_may_be_part_of_the_text(char_engine, engine):
+    """Catches a stop_reason that is another's, one for the end-of-text token, and what has ended
+    the sample in the text or left out of it against the request's will."""
+    end_on_c = {"stop_token_ids": tuple(char_engine.tokenizer.encode("c"))}
+    output = text_of(char_engine, "x", "abcde", stop=("cd", "zz"))
+    assert (output.text, output.stop_reason) == ("ab", "cd")
+    output = text_of(char_engine, "x", "abcde", stop=("zz", "cd"), include_stop_str_in_output=True)
+    assert (output.text, output.stop_reason) == ("abcd", "cd")
+    output = text_of(char_engine, "x", "abcde", **end_on_c)
+    assert (output.text, output.stop_reason) == ("ab", *end_on_c["stop_token_ids"])
+    output = text_of(char_engine, "x", "abcde", include_stop_str_in_output=True, **end_on_c)
+    assert output.text == "abc"
+    output = generate(engine, [1, 2], logit_bias={END: 100}, include_stop_str_in_output=True)
+    assert (output.text, output.finish_reason, output.stop_reason) == ("<end>", "stop", None)
+
+
+class SpecialWords(Words):
+    """Words whose end-of-text token, and token 7, are special."""
+
+    special_tokens = {"<end>": END, "<seven>": 7}
+
+
+def test_special_tokens_are_no_text(model):
+    """Catches a special token in the text that nobody asked for, or missing where it is asked for;
+    ordinary tokens of the same text that are lost."""
+    engine = make_engine(model, SpecialWords())
+    params = {"logit_bias": {7: 100, 8: 101}, "frequency_penalty": 1.0, "max_tokens": 9}
+    plain = generate(engine, [7, 1], **params, temperature=0, echo=True)
+    whole = generate(engine, [7, 1], **params, temperature=0, echo=True, skip_special_tokens=False)
+    assert plain.token_ids == whole.token_ids and {7, 8} == set(plain.token_ids)
+    words = SpecialWords()
+    assert whole.text == words.decode([7, 1, *whole.token_ids])
+    assert plain.text == words.decode([t for t in [1, *whole.token_ids] if t != 7])
+
+
+def test_samples_without_a_seed_differ(engine):
+    """Catches a default seed that all requests share, and seeds whose high half is lost."""
+    [prompt] = prompts_of([9])
+    same = {"max_tokens": 12, "ignore_eos": True}
+    assert generate(engine, prompt, **same).token_ids != generate(engine, prompt, **same).token_ids
+    [[first], [second]] = engine.generate([prompt] * 2, SamplingParams(**same), progress=False)
+    assert first.token_ids != second.token_ids
+    low = generate(engine, prompt, seed=5, **same)
+    high = generate(engine, prompt, seed=5 + 2**32, **same)
+    assert low.token_ids != high.token_ids
+
+
+def test_allowed_tokens_and_bad_words(model, char_engine):
+    """Catches an allowed set or a bad word that does not reach the device, that takes tokens from
+    another request of the same step, or that compiles something."""
+    allowed = tuple(char_engine.tokenizer.encode("abX"))
+    some = SamplingParams(max_tokens=24, seed=1, allowed_token_ids=allowed)
+    free = SamplingParams(max_tokens=24, seed=1)
+    no_pairs = dataclasses.replace(some, bad_words=("aa", "ab", "XX"))
+    prompts = [[5, 6]] * 3
+    programs = char_engine.programs()
+    [[one], [two], [three]] = char_engine.generate(prompts, [some, free, no_pairs], progress=False)
+    assert char_engine.programs() == programs == char_engine.programs_at_start
+    assert set(one.text) == set("abX")
+    assert two == dataclasses.replace(
+        generate(char_engine, [5, 6], max_tokens=24, seed=1),
+        request_id=two.request_id,
+        times=two.times,
+    )
+    assert set(three.text) == set("abX")
+    for word, count in (("aa", 0), ("ab", 0), ("XX", 0)):
+        assert three.text.count(word) == count
+    assert "aa" in one.text or "ab" in one.text or "XX" in one.text, "nothing was at stake"
+    greedy = generate(char_engine, [5, 6], max_tokens=3, temperature=0)
+    banned = generate(char_engine, [5, 6], max_tokens=3, temperature=0, bad_words=(greedy.text[0],))
+    assert greedy.text[0] not in banned.text
+
+
+class Spaces(Words):
+    """A vocabulary in which "a" and " a" are tokens, and other characters are tokens of their own,
+    the space among them."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return a token for " a", and for each other character."""
+        return [1 if piece == " a" else 2 + ord(piece) % 64 for piece in re.findall(" a|.", text)]
+
+
+def test_bad_words_are_spelled_inside_a_text_too():
+    """Catches a word that is banned at the beginning of a text only, or a space that is banned with
+    it."""
+    assert spell(["a", "  a", "b", " "], Spaces()) == [[35], [1], [35], [1], [36], [34]]
+    assert spell(["ab"], CharTokenizer("ab")) == [[0, 1]]
+    with pytest.raises(UserError, match="z") as caught:
+        spell(["z"], CharTokenizer("ab"))
+    assert caught.value.param == "bad_words"
 
 
 TOO_MANY_BIASES = {
@@ -253,7 +395,14 @@ TOO_MANY_BIASES = {
         ([], {}, "prompt", "at least 1 token"),
         ([100], {}, "prompt", "100.*99"),
         ([-1], {}, "prompt", "-1.*99"),
-        ([1] * 60, {"max_tokens": 5}, None, "60.*5.*65.*64"),
+        ([1] * 60, {"max_tokens": 5}, "max_tokens", "maximum context length is 64.*60.*5.*65"),
+        ([1] * 64, {"max_tokens": 5}, "prompt", "64.*64.*5.*69"),
+        ([1] * 65, {"max_tokens": 0, "echo": True}, "prompt", "64.*65.*0.*65"),
+        ([1], {"allowed_token_ids": (1, 100)}, "allowed_token_ids", "100.*99"),
+        ([1], {"allowed_token_ids": ()}, "allowed_token_ids", "at least 1"),
+        ([1], {"allowed_token_ids": (END,), "min_tokens": 1}, "allowed_token_ids", "of 1 .*1 at"),
+        ([1], {"bad_words": "word"}, "bad_words", "sequence"),
+        ([1], {"bad_words": ("",)}, "bad_words", "empty"),
         ([1], {"logit_bias": {100: 1}}, "logit_bias", "100.*99"),
         ([1], {"stop_token_ids": (-5,)}, "stop_token_ids", "-5.*99"),
         ([1], TOO_MANY_BIASES, "logit_bias", "181.*180"),
@@ -285,27 +434,59 @@ def test_what_cannot_be_served_is_refused(engine, monkeypatch, prompt, params, p
     assert not engine.busy
 
 
+def test_bad_words_have_limits(char_engine, engine):
+    """Catches bad words that are cut off, or that leave a request without any token."""
+    for prompt, words, numbers in (
+        ([1], tuple("x" * 100 for _ in range(6)), "600 tokens.* 6 spellings.*512"),
+        ([1], tuple(string.printable), "of 100 .*100 at once"),
+        ([1], ("a", *(f"b{c}" for c in string.printable if c != "a")), "of 100 .*100 at once"),
+    ):
+        with pytest.raises(UserError, match=numbers) as caught:
+            char_engine.add(prompt, SamplingParams(bad_words=words))
+        assert caught.value.param == "bad_words"
+    fits = SamplingParams(bad_words=tuple("x" * 128 for _ in range(4)), max_tokens=1)
+    char_engine.generate([[1]], fits, progress=False)
+
+
+def found_stops(so_far: str, new_from: int, stop_strings: list[str]) -> list[tuple[int, int]]:
+    """Return where each occurrence of a stop string begins and ends that ends behind new_from."""
+    spans = []
+    for stop in stop_strings:
+        begins = [i for i in range(len(so_far)) if so_far.startswith(stop, i)]
+        spans += [(i, i + len(stop)) for i in begins if i + len(stop) > new_from]
+    return spans
+
+
 @given(
     st.lists(st.text("ab", min_size=1, max_size=3), max_size=8),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 4),
+    st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
-def test_text_stops_at_the_first_stop_string_and_takes_nothing_back(words, stop_strings):
-    """Catches a stop string missed across tokens, text given out that a stop string cuts off, and
-    text withheld for ever."""
+def test_text_stops_at_the_first_stop_string_and_takes_nothing_back(
+    words, stop_strings, min_tokens, include
+):
+    """Catches a stop string missed across tokens, or found before min_tokens; text given out that a
+    stop string cuts off, and text withheld for ever, or withheld although it is included."""
     tokenizer = Words()
     tokenizer.words = words
-    stream = TextStream(tokenizer, tuple(stop_strings))
-    given_out = ""
-    for i in range(len(words)):
-        given_out += stream.push([i], last=i == len(words) - 1)
-        so_far = "".join(words[: i + 1])
-        found = [so_far.index(string) for string in stop_strings if string in so_far]
-        assert stream.stopped == bool(found)
-        if found:
-            assert given_out == so_far[: min(found)]
+    params = SamplingParams(stop=tuple(stop_strings), include_stop_str_in_output=include)
+    stream = TextStream(tokenizer, params)
+    given_out = so_far = ""
+    for i, word in enumerate(words):
+        searches = i + 1 >= min_tokens
+        given_out += stream.push([i], last=i == len(words) - 1, search=searches)
+        spans = found_stops(so_far + word, len(so_far), stop_strings) if searches else []
+        so_far += word
+        assert (stream.stop_string is not None) == bool(spans)
+        if spans:
+            begin, end = min(spans)
+            assert stream.stop_string == so_far[begin:end]
+            assert given_out == so_far[: end if include else begin]
             return
         assert so_far.startswith(given_out)
         withheld = so_far[len(given_out) :]
         assert withheld == "" or any(string.startswith(withheld) for string in stop_strings)
+        assert not (include and withheld)
     assert given_out == "".join(words)

@@ -15,15 +15,29 @@ from config import EngineConfig, GPTConfig, SampleConfig
 from engine import Engine
 from generation import Sampling
 from model import GPT
-from sampling import Slots, StepNeeds, draw, restrict_logits, sample_tokens, seed_words
-from sequence import SamplingParams
+from sampling import (
+    Slots,
+    StepNeeds,
+    adjust_logits,
+    ban_tokens,
+    draw,
+    invert_cumulative,
+    restrict_logits,
+    sample_tokens,
+    seed_words,
+    slot_row,
+    spell,
+)
+from sequence import SampleKey, SamplingParams, Sequence
 from tokenizer import CharTokenizer
 
 V = 100
 MODEL = GPTConfig(block_size=64, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
 ENGINE = EngineConfig(page_size=4, kv_blocks=51, max_num_seqs=1, prefill_tokens=32)
 TOKENIZER = CharTokenizer("".join(map(chr, range(32, 127))) + "\näöüß")  # V characters
-NOTHING = StepNeeds(False, False, False, False)
+sample_tokens_jit = jax.jit(sample_tokens)
+NOTHING = StepNeeds.of([], prompt_logprobs=False)
+PROMPT = 12  # tokens of the prompts of sequences that have new tokens too
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +56,19 @@ def top_k_of(params: SamplingParams) -> int:
     return V if params.top_k is None else params.top_k
 
 
-def slots_of(rows: list[SamplingParams]) -> Slots:
-    """Return one slot for each of rows, with nothing that adjusts logits."""
-    n = len(rows)
-    no_penalty = jnp.zeros(n)
-    return Slots(
-        tokens=jnp.zeros((n, 1), jnp.int32),
-        prompt_len=jnp.ones(n, jnp.int32),
-        min_len=jnp.ones(n, jnp.int32),
-        seed=jnp.array([seed_words(row.seed) for row in rows]),
-        index=jnp.zeros(n, jnp.int32),
-        temperature=jnp.array([row.temperature for row in rows], jnp.float32),
-        top_k=jnp.array([top_k_of(row) for row in rows], jnp.int32),
-        top_p=jnp.array([row.top_p for row in rows], jnp.float32),
-        min_p=jnp.array([row.min_p for row in rows], jnp.float32),
-        repetition_penalty=jnp.ones(n),
-        frequency_penalty=no_penalty,
-        presence_penalty=no_penalty,
-        bias_ids=jnp.full((n, 1), V, jnp.int32),
-        biases=jnp.zeros((n, 1)),
-    )
+def slots_of(rows: list[SamplingParams], tokens: list[list[int]] | None = None) -> Slots:
+    """Return one slot for each of rows: after a prompt of one token or, with tokens, after these,
+    of which the first PROMPT are the prompt."""
+    sequences = []
+    for i, row in enumerate(rows):
+        prompt = [0] if tokens is None else tokens[i][:PROMPT]
+        seq = Sequence(SampleKey(0, 0), prompt, row)
+        seq.tokens = prompt if tokens is None else tokens[i]
+        seq.bad_words = spell(row.bad_words, TOKENIZER)
+        seq.stop_ids = set(row.stop_token_ids)
+        sequences.append(seq)
+    slots = [slot_row(seq, MODEL) for seq in sequences]
+    return jax.device_put(jax.tree.map(lambda *columns: np.stack(columns), *slots))
 
 
 def random_logits(rows: int, seed: int = 0) -> np.ndarray:
@@ -106,6 +113,145 @@ def test_the_kept_tokens_are_those_that_sorting_keeps():
     for row, params, probabilities in zip(logits, rows, jax.nn.softmax(kept), strict=True):
         expected = probabilities_by_sorting(row, params)
         np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
+
+
+PENALTIES = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.4},
+    {"frequency_penalty": 0.9},
+    {"frequency_penalty": -0.9},
+    {"presence_penalty": 1.3},
+    {"presence_penalty": -1.3},
+    {"logit_bias": {3: 2.5, 50: -7.0}},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": -0.25},
+]
+
+
+def penalised(logits: np.ndarray, params: SamplingParams, tokens: list[int]) -> np.ndarray:
+    """Return logits (V,) after the biases and penalties of a sequence, token by token."""
+    x = logits.astype(np.float64)
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    new = tokens[PROMPT:]
+    for token in set(tokens):
+        x[token] *= params.repetition_penalty if x[token] < 0 else 1 / params.repetition_penalty
+    for token in set(new):
+        x[token] -= params.frequency_penalty * new.count(token) + params.presence_penalty
+    return x
+
+
+def test_penalties_are_those_of_plain_arithmetic():
+    """Catches a penalty with the wrong sign, one that favours tokens whose logit is negative, one
+    that counts the prompt or counts twice, and another row's penalties or tokens."""
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(20, size=PROMPT + 9 + i).tolist() for i in range(len(PENALTIES))]
+    rows = [SamplingParams(seed=0, **penalties) for penalties in PENALTIES]
+    logits = random_logits(len(rows), seed=3)
+    for row, sequence in zip(logits, tokens, strict=True):
+        assert len(set(np.sign(row[sequence[:PROMPT]]))) == 2, "both signs in the prompt"
+        assert len(set(np.sign(row[sequence[PROMPT:]]))) == 2, "both signs among the new tokens"
+    length = jnp.array([len(sequence) for sequence in tokens])
+    slots = slots_of(rows, tokens)
+    adjusted = adjust_logits(jnp.asarray(logits), slots, jnp.arange(len(rows)), length)
+    expected = [penalised(*row) for row in zip(logits, rows, tokens, strict=True)]
+    np.testing.assert_allclose(adjusted, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bans_are_exact():
+    """Catches a token that is allowed next to one that is not, a bad word that is banned too early,
+    never, or by tokens of the prompt, and bans of another row."""
+    word = TOKENIZER.encode("abc")
+    a, b, c = word
+    history = [0] * PROMPT
+    abc = {"bad_words": ("abc",)}
+    cases = [
+        ({"allowed_token_ids": (0, 31, 32, 99)}, history, set(range(V)) - {0, 31, 32, 99}),
+        ({"bad_words": ("a", "xyz")}, history, {a}),
+        (abc, history, set()),
+        (abc, [*history, a], set()),
+        (abc, [*history, a, b], {c}),
+        (abc, [*history, b, a], set()),
+        (abc, [*history, 5, a, b, c], set()),
+        (abc, [*history[2:], a, b], set()),  # by the prompt
+        ({"bad_words": ("abc", "bb", "b")}, [*history, a, b], {b, c}),
+        (
+            {"bad_words": ("abc",), "allowed_token_ids": (a, c)},
+            [*history, a, b],
+            set(range(V)) - {a},
+        ),
+        ({}, [*history, a, b], set()),
+    ]
+    rows = [SamplingParams(seed=0, **params) for params, _, _ in cases]
+    tokens = [sequence for _, sequence, _ in cases]
+    length = jnp.array([len(sequence) for sequence in tokens])
+    logits = random_logits(len(rows))
+    slots = slots_of(rows, tokens)
+    banned = np.asarray(ban_tokens(jnp.asarray(logits), slots, jnp.arange(len(rows)), length))
+    for row, before, (params, sequence, expected) in zip(banned, logits, cases, strict=True):
+        assert set(np.flatnonzero(row == -np.inf)) == expected, (params, sequence)
+        remaining = row != -np.inf
+        assert (row[remaining] == before[remaining]).all()
+
+
+def test_a_draw_at_zero_is_of_a_token_that_is_not_banned():
+    """Catches the first token, or the first of its block, drawn at u = 0 although it is banned."""
+    x = np.full((3, 200), -np.inf, np.float32)
+    expected = [1, 70, 199]
+    for row, token in zip(x, expected, strict=True):
+        row[token] = 1
+    drawn = invert_cumulative(jnp.asarray(x), jnp.zeros((3, 2)))
+    assert drawn.tolist() == expected
+
+
+SEEN = 17  # a token that was generated, and is not the likeliest
+EXTREMES = [
+    ({"temperature": 1e-320}, {"temperature": 0}),
+    ({"temperature": 1e-46}, {"temperature": 0}),
+    ({"temperature": 1e-40}, {"temperature": 0}),
+    ({"temperature": 1e-37}, {"temperature": 0}),
+    ({"temperature": 1e-20}, {"temperature": 0}),
+    ({"temperature": 1e-38, "top_p": 0.9}, {"temperature": 0}),
+    ({"temperature": 1 + 1e-12}, {}),
+    ({"top_p": 1e-320}, {"top_k": 1}),
+    ({"top_p": 1e-46}, {"top_k": 1}),
+    ({"top_p": 1e-38}, {"top_k": 1}),
+    ({"top_p": 2e-38}, {"top_k": 1}),
+    ({"top_p": 1 - 1e-12}, {}),
+    ({"min_p": 1 - 1e-12}, {"top_k": 1}),
+    ({"min_p": 1e-320}, {}),
+    ({"min_p": 1e-40}, {}),
+    ({"top_k": 10**30}, {}),
+    ({"repetition_penalty": 1e-320}, {"logit_bias": {SEEN: 100}}),
+    ({"repetition_penalty": 1e-40}, {"logit_bias": {SEEN: 100}}),
+    ({"repetition_penalty": 1e-40, "temperature": 1e-20}, {"logit_bias": {SEEN: 100}}),
+    ({"repetition_penalty": 1e4, "temperature": 1e-20}, {"temperature": 0}),
+    ({"frequency_penalty": 1e4, "temperature": 1e-20}, {"temperature": 0}),
+    ({"frequency_penalty": -1e4, "presence_penalty": -1e4}, {"logit_bias": {SEEN: 100}}),
+    ({"frequency_penalty": 1e-320, "presence_penalty": -1e-46}, {}),
+    ({"logit_bias": {SEEN: 1e4}, "temperature": 1e-20}, {"logit_bias": {SEEN: 100}}),
+    ({"logit_bias": {SEEN: 1e4}, "temperature": 1e-36}, {"logit_bias": {SEEN: 100}}),
+    ({"logit_bias": {SEEN: 1e-320}}, {}),
+]
+
+
+@pytest.mark.parametrize("params, limit", EXTREMES, ids=[str(params) for params, _ in EXTREMES])
+def test_values_beyond_float32_act_as_their_limits(params, limit):
+    """Catches a temperature, a top_p or a penalty that becomes 0, infinity or NaN on the device:
+    then it gives token 0."""
+    n = 32
+    [logits] = random_logits(1, seed=5)
+    logits[SEEN] = logits.max() - 0.1
+    assert logits.argmax() > 0
+
+    def tokens(**settings) -> list[int]:
+        rows = [SamplingParams(seed=seed, **settings) for seed in range(n)]
+        slots = slots_of(rows, [[0] * PROMPT + [SEEN]] * n)
+        needs = StepNeeds.of(rows, prompt_logprobs=False)
+        length = jnp.full(n, PROMPT + 1)
+        rows_of_logits = np.tile(logits, (n, 1))
+        return sample_tokens_jit(rows_of_logits, slots, jnp.arange(n), length, needs).tolist()
+
+    assert tokens(**params) == tokens(**limit)
 
 
 def test_top_k_and_top_p_keep_the_right_tokens():
@@ -227,7 +373,7 @@ def test_generation_draws_what_the_engine_draws(settings):
     position = jnp.arange(n, dtype=jnp.int32) % 50
     rows = [SamplingParams(seed=seed + b, **settings) for b in range(n)]
     needs = NOTHING._replace(restricts=rows[0].restricts)
-    by_engine = sample_tokens(logits, slots_of(rows), jnp.arange(n), position, needs)
+    by_engine = sample_tokens_jit(logits, slots_of(rows), jnp.arange(n), position, needs)
     by_generation = Sampling.create(rows[0], seed, n, V).draw(logits, position)
     np.testing.assert_array_equal(by_generation, by_engine)
 
