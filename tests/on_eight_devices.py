@@ -7,8 +7,10 @@ Shapes: A micro-batches, B rows, T tokens.
 """
 
 import collections
+import dataclasses
 import math
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -35,10 +37,12 @@ from mesh_table import (
 )
 from model import GPT
 from ops import dropout
-from train import eval_step
+from train import eval_step, train_step
+from training import dry_run
 from training.checkpoints import Checkpoints
 from training.dry_run import activation_bytes, collective_ops, matmul_flops, shard_bytes
 from training.pipeline import pipeline
+from training.skipped_updates import updates_made
 from utils import TrainState
 
 CASES = {
@@ -333,3 +337,47 @@ def test_the_rest_and_the_default():
     assert dict(shape) == {"data": 1, "layers": 1, "fsdp": 4, "context": 1, "tensor": 2}
     assert training_mesh(configure()).shape["data"] == 8
     assert training_mesh(configure(batch_size=12)).shape["data"] == 6
+
+
+def test_all_devices_skip_an_update():
+    """Catches a skip that each device decides for itself, of its own gradients alone: here the
+    parameters that are not finite lie on one device."""
+    config = configure(**CASES["fsdp:8"])
+    state = TrainState.create(config, mesh=mesh_of("fsdp:8"))
+    embedding = state.params["wpe"]["embedding"].at[0, 0].set(jnp.inf)
+    poisoned = dataclasses.replace(state, params={**state.params, "wpe": {"embedding": embedding}})
+    before = jax.device_get(poisoned.params)
+    after = train_on("fsdp:8", config, steps=1, state=poisoned.lay_out(poisoned)).state
+    assert int(after.step) == 1
+    assert updates_made(after) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before)
+
+
+@pytest.mark.parametrize("spare, axis", [(1.01, "data"), (0.99, "fsdp")])
+def test_the_default_divides_a_large_state(monkeypatch, spare, axis):
+    """Catches a default that replicates a state for which there is no memory, or divides a small
+    one: at 16 bytes a parameter it may take a quarter of a device."""
+    config = configure()
+    memory = spare * 4 * 16 * config.model.num_params()
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": memory})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    shape = training_mesh(config).shape
+    assert shape[axis] == math.prod(shape.values()) == 8
+
+
+def test_a_dry_run_counts_micro_batches_and_tensor_shards(monkeypatch):
+    """Catches a plan of one micro-batch for many, and of a device that computes what its neighbours
+    along "tensor" do."""
+    monkeypatch.setattr(dry_run, "use_cpu_cores", lambda config: None)  # there are 8 already
+    config = configure(mesh="data:2,tensor:4", gradient_accumulation_steps=3)
+    report = list(dry_run.report(config, train_step))
+    (step,) = [line for line in report if line.startswith("step ")]
+    assert "3 x 16 x 32 = 1,536 tokens" in step
+    vocab_size = dry_run.with_data(config).model.vocab_size
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    of_a_device = 3 * 16 * 32 * model.flops_per_token / 8
+    (formula,) = [line for line in report if line.startswith("formula")]
+    assert f"{of_a_device:.3e}" in formula
+    (matmuls,) = [line for line in report if "in matmuls" in line]
+    share = float(matmuls.split(", ")[1].split()[0])
+    assert 0.85 < share < 1.05, matmuls

@@ -29,7 +29,12 @@ def server(tiny_model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     template = tmp_path_factory.mktemp("chat") / "template.jinja"
     template.write_text(TEMPLATE)
     running = Running(
-        tiny_model, max_waiting=16, max_prompts=8, max_body_bytes=100_000, chat_template=template
+        tiny_model,
+        max_waiting=16,
+        max_prompts=8,
+        max_body_bytes=100_000,
+        max_total_logprobs=20_000,
+        chat_template=template,
     )
     yield running.ready()
     running.drain()

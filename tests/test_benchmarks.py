@@ -222,9 +222,11 @@ def test_flops_utilization():
 def test_bench_generate():
     """Catches a bench whose last line is no JSON object, or lacks what the tables are made of."""
     model = "--n_layer=1 --n_embd=32 --n_head=2 --block_size=64".split()
+    engine = "--max_num_seqs=2 --prefill_tokens=16 --kv_blocks=16".split()
     job = "--requests=3 --prompt_tokens 2 5 --output_tokens 2 5 --rounds=1".split()
     run = subprocess.run(
-        [sys.executable, "bench.py", "generate", *model, *job, "--streams", "--peers", "products"],
+        [sys.executable, "bench.py", "generate", *model, *engine, *job]
+        + ["--streams", "--peers", "products"],
         cwd=ROOT,
         capture_output=True,
         text=True,

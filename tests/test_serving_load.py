@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,29 +27,118 @@ def metric(name: str, labels: str = "") -> str:
     return f'vllm:{name}{{{labels}model_name="tiny"}}'
 
 
-def test_metrics(server):
-    """Catches: a name that vLLM's dashboards do not find, a count that misses requests or counts
-    them twice."""
-    before = read_metrics(server)
-    server.complete(prompt="0123456789" * 4, max_tokens=5, n=2)
-    server.complete(prompt="0123456789" * 4, max_tokens=5)
-    after = read_metrics(server)
+class Growth:
+    """How much each metric grows from when this is made."""
 
-    def grown(name: str, labels: str = "") -> float:
+    def __init__(self, server) -> None:
+        self.server = server
+        self.before = read_metrics(server)
+        self.after = self.before
+
+    def look(self) -> None:
+        """Take what /metrics says now."""
+        self.after = read_metrics(self.server)
+
+    def of(self, name: str, labels: str = "") -> float:
+        """The growth of one metric."""
         key = metric(name, labels)
-        return after[key] - before.get(key, 0)
+        return self.after[key] - self.before.get(key, 0)
 
-    assert grown("generation_tokens_total") == 15
-    assert grown("prefix_cache_queries_total") == 80
-    assert grown("prefix_cache_hits_total") == 32
-    assert grown("prompt_tokens_total") == 80 - 32
-    assert grown("request_success_total", 'finished_reason="length",') == 3
-    assert grown("time_to_first_token_seconds_count") == 3
-    assert grown("e2e_request_latency_seconds_count") == 3
-    assert grown("inter_token_latency_seconds_count") == 12
+
+def test_metrics(server):
+    """Catches: a count that misses requests or counts them twice, a prompt whose tokens do not
+    count because they were in the cache, lengths and limits taken for each other."""
+    growth = Growth(server)
+    server.complete(prompt="0123456789" * 4, max_tokens=5, n=2, echo=True)
+    server.complete(prompt="0123456789" * 4, max_tokens=7, stop_token_ids=list(range(97)))
+    growth.look()
+    assert growth.of("generation_tokens_total") == 11
+    assert growth.of("prefix_cache_queries_total") == 80
+    assert growth.of("prefix_cache_hits_total") == 32
+    assert growth.of("prompt_tokens_total") == 80
+    assert growth.of("request_success_total", 'finished_reason="length",') == 2
+    assert growth.of("request_success_total", 'finished_reason="stop",') == 1
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
+        assert growth.of(f"{name}_count") == 3
+    assert growth.of("inter_token_latency_seconds_count") == 8
+    assert growth.of("request_prompt_tokens_sum") == 3 * 40
+    assert growth.of("request_generation_tokens_sum") == 11
+    assert growth.of("request_params_max_tokens_sum") == 5 + 5 + 7
+    assert growth.of("request_params_n_sum") == 2 + 1
+    assert growth.of("request_params_n_count") == 2
+    assert growth.of("request_max_num_generation_tokens_sum") == 5 + 1
+    assert growth.of("request_time_per_output_token_seconds_count") == 2
+    assert growth.of("iteration_tokens_total_sum") == 80 - 32 + 11
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
-        assert after[metric(gauge)] == 0
-    assert metric("num_preemptions_total") in after
+        assert growth.after[metric(gauge)] == 0
+    assert metric("num_preemptions_total") in growth.after
+
+
+def test_times_in_metrics(server):
+    """Catches: a wait that is told as work, times of another phase, a latency without its queue."""
+    phases = ["request_queue_time", "request_prefill_time", "request_decode_time"]
+    seconds = 0.2
+    growth = Growth(server)
+    client = server.connection({"prompt": "ab", "max_tokens": 3})
+    with server.standing():
+        late = server.connection({"prompt": "ab" * 20, "max_tokens": 3})
+        server.until(lambda: server.worker.queued, "queued")
+        threading.Event().wait(seconds)
+    for connection in (client, late):
+        assert connection.recv(1 << 16)
+        connection.close()
+    server.until(lambda: not server.worker.open_jobs, "ended")
+    growth.look()
+    queue, prefill, decode = (growth.of(f"{phase}_seconds_sum") for phase in phases)
+    assert queue >= seconds
+    inference = growth.of("request_inference_time_seconds_sum")
+    assert prefill + decode == pytest.approx(inference)
+    latency = growth.of("e2e_request_latency_seconds_sum")
+    assert queue + inference <= latency
+    assert min(prefill, decode) > 0
+
+
+def test_metrics_under_load(server):
+    """Catches: what waits told as running or not at all, clients that left counted once for all
+    their samples or as if they had stayed, pages that nobody holds in the usage."""
+    growth = Growth(server)
+    server.step_seconds = 0.02
+    worker = server.worker
+    stayed = [server.connection({"prompt": "y" * 40, "max_tokens": 60}) for _ in range(4)]
+    server.until(lambda: worker.stats.running == 4, "all slots taken")
+    leaving = server.connection({"prompt": ["z", "z"], "max_tokens": 60, "n": 3})
+    server.until(lambda: worker.stats.waiting, "waiting")
+    growth.look()
+    assert growth.after[metric("num_requests_running")] == 4
+    assert growth.after[metric("num_requests_waiting")] == 2
+    pages = growth.after[metric("kv_cache_usage_perc")] * 64
+    assert 4 * 5 <= pages + 3 * 5 <= 64  # each has 40 tokens, and they may share 5 pages
+    assert pages == pytest.approx(round(pages))
+    leaving.close()
+    server.until(lambda: len(worker.open_jobs) == 4, "noticed")
+    server.step_seconds = 0.0
+    for client in stayed:
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        client.close()
+    server.until(lambda: is_empty(server), "ended")
+    growth.look()
+    assert growth.of("request_success_total", 'finished_reason="abort",') == 6
+    assert growth.of("request_success_total", 'finished_reason="length",') == 4
+    assert growth.of("e2e_request_latency_seconds_count") == 4
+    assert growth.of("request_generation_tokens_sum") == 4 * 60
+
+
+def test_dashboards_find_their_metrics(server):
+    """Catches: a metric that docs/serving.md promises and the server lacks, and one that it has
+    and nobody can find."""
+    text = (soak.ROOT / "docs" / "serving.md").read_text()
+    promised = set(re.findall(r"^\| `vllm:([a-z0-9_]+)`", text, re.MULTILINE))
+    described = [line for line in server.get("/metrics").text.splitlines() if "# HELP" in line]
+    names = {line.split()[2].removeprefix("vllm:") for line in described}
+    assert promised == {name for name in names if not name.endswith("_created")}
+    [info] = [name for name in read_metrics(server) if "cache_config_info" in name]
+    layout = {'block_size="8"', 'num_gpu_blocks="64"', 'cache_dtype="auto"'}
+    assert layout <= set(re.findall(r'\w+="\w+"', info))
 
 
 @pytest.mark.parametrize("stream", [False, True])

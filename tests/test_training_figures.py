@@ -163,14 +163,12 @@ def test_each_place_of_dropout_drops_its_share(monkeypatch):
     config = GPTConfig(
         block_size=T, vocab_size=VOCAB_SIZE, n_layer=L, n_head=H, n_embd=C, dropout=rate
     )
-    jax.clear_caches()
     state = TrainState.create(dataclasses.replace(SMALL, model=config))
     tokens = tokens_of((B, T))
     jax.block_until_ready(
         jax.jit(lambda: state.model.loss(tokens, tokens, dropout_key=jax.random.key(1)))()
     )
     jax.effects_barrier()
-    jax.clear_caches()
 
     shapes = sorted(x.shape for x, _ in found)
     assert shapes == [(B, H, T, T)] * L + [(B, T, C)] * (1 + 2 * L)
@@ -222,8 +220,9 @@ def test_a_run_whose_end_is_no_evaluation_of_its_own(data_dir, tmp_path, scripte
     assert scripted(config, losses) == 0
     _, _, _, best = read_run(out_dir)
     assert best == 5
-    checkpoints = Checkpoints(out_dir, read_only=True)
+    checkpoints = Checkpoints(out_dir)
     assert checkpoints.latest() == 7
+    checkpoints.close()
     log = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     evaluations = {
         row["step"]: (row["train_loss"], row["val_loss"]) for row in log if "val_loss" in row
@@ -363,7 +362,7 @@ def test_dtype_changes_what_is_computed(out_dir):
     for dtype in (None, "float32", "bfloat16"):
         opened, _, _ = open_model(SampleConfig(out_dir=out_dir, dtype=dtype))
         assert opened.config.dtype == (dtype or "float32")
-        logits[dtype] = np.asarray(opened(jnp.arange(16)[None])[0])
+        logits[dtype] = np.asarray(opened(jnp.arange(16)[None])[0])[..., :VOCAB_SIZE]
     assert (logits[None] == logits["float32"]).all()
     rounding = np.abs(logits["bfloat16"] - logits["float32"]).max()
     assert 0 < rounding < 0.1 * np.abs(logits["float32"]).max()
