@@ -1,8 +1,9 @@
 """Train a GPT on token files: python train.py PRESET [--key=value ...]
 
 Read `train_step` first: tokens and a TrainState in, a TrainState and two numbers out. `get_batch`
-feeds it, `estimate_loss` measures it, `Run` is the loop around it. training/run_start.py makes the
-state that a run begins with, training/run_log.py tells what it does. Everything random is a
+of training/token_files.py feeds it, `estimate_loss` measures it, `Run` is the loop around it.
+training/run_start.py makes the state that a run begins with, training/run_log.py tells what it
+does, training/skipped_updates.py counts the updates that train_step skips. Everything random is a
 function of (seed, step), so a run that was killed and resumed ends in the same bits.
 
 Shapes: A micro-batches of an update, B rows of a micro-batch, T block_size.

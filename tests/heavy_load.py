@@ -21,16 +21,21 @@ from typing import Any
 import requests
 
 import soak
+from heavy_requests import (
+    NEW_TOKENS,
+    Heavy,
+    Limits,
+    large_chats,
+    large_completions,
+    long_chats,
+    long_completions,
+)
 
-MEGABYTE = 2**20 - 200  # the longest body by default, and room for the fields' names
 BODY_CLIENTS = 16
 ANSWER_CLIENTS = 8
 STREAMS = 2
-MOST_LOGPROBS = 2**18  # ServeConfig.max_total_logprobs
-ALTERNATIVES = 20
-CONTEXT = 1024
 VOCABULARY = 300
-PATIENCE = 300  # seconds that one answer may take
+PATIENCE = soak.PATIENCE
 HEALTH_EVERY = 0.02  # seconds
 
 LIMITS = {"worst_health_s": 0.5, "worst_stream_gap_s": 0.5, "memory_growth_mib": 600}
@@ -38,51 +43,6 @@ LIMITS = {"worst_health_s": 0.5, "worst_stream_gap_s": 0.5, "memory_growth_mib":
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FLAGS = ["--max_waiting=512", "--max_num_seqs=16", "--kv_cache_memory=64MB"]
-
-
-# What is sent.
-
-
-def long_bodies() -> list[tuple[str, dict]]:
-    """Return paths and bodies of about a megabyte, each of which is much work of another kind."""
-    completions = "/v1/completions"
-    text = ("the approach is naive " * MEGABYTE)[:MEGABYTE]
-    ids = [1] * (MEGABYTE // 2)
-    turns = [{"role": "user", "content": "x"}] * (MEGABYTE // 35)
-    return [
-        (completions, {"prompt": text}),
-        (completions, {"prompt": "a" * MEGABYTE}),
-        (completions, {"prompt": ids}),
-        (completions, {"prompt": [*ids[4:], "a"]}),
-        (completions, {"prompt": [[1]] * (MEGABYTE // 4)}),
-        (completions, {"prompt": [{}] * (MEGABYTE // 3)}),
-        (completions, {"prompt": "a", "logit_bias": dict.fromkeys(range(MEGABYTE // 12), 0)}),
-        (completions, {"prompt": "a", **{f"x{i}": 0 for i in range(MEGABYTE // 12)}}),
-        ("/v1/chat/completions", {"messages": turns}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
-        ("/tokenize", {"prompt": text}),
-        ("/detokenize", {"tokens": ids}),
-    ]
-
-
-def largest_answers() -> list[tuple[str, dict]]:
-    """Return paths and bodies whose answers have nearly MOST_LOGPROBS logprobs."""
-    positions = MOST_LOGPROBS // (ALTERNATIVES + 1)
-    prompt = [3 + i % 97 for i in range(CONTEXT - 24)]
-    count = positions // len(prompt)
-    scored = {"prompt_logprobs": ALTERNATIVES, "max_tokens": 1}
-    echoed = {"logprobs": ALTERNATIVES, "echo": True, "max_tokens": 1}
-    chat = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "max_tokens": 900}
-    return [
-        ("/v1/completions", {"prompt": [prompt] * count, **scored}),
-        ("/v1/completions", {"prompt": [prompt] * (count // 4), "n": 4, **scored}),
-        ("/v1/completions", {"prompt": [prompt] * (count - 1), "stream": True, **scored}),
-        ("/v1/completions", {"prompt": [prompt] * (count - 1), **echoed}),
-        (
-            "/v1/chat/completions",
-            {**chat, "top_logprobs": ALTERNATIVES, "n": positions // 900},
-        ),
-    ]
 
 
 # Who sends it.
@@ -93,20 +53,21 @@ def run_heavy_clients(url: str, stop: Any, counts: Any) -> None:
 
     counts: a queue that gets the answers by status."""
     statuses: Counter = Counter()
-    long = [(path, json.dumps(body, separators=(",", ":"))) for path, body in long_bodies()]
-    large = [(path, json.dumps(body, separators=(",", ":"))) for path, body in largest_answers()]
+    limits = Limits()
+    long = [*long_completions(limits), *long_chats(limits)]
+    large = [*large_completions(limits), *large_chats(limits)]
 
-    def run_client(number: int, kind: str, requests_: list[tuple[str, str]]) -> None:
+    def run_client(number: int, kind: str, heavy_requests: list[Heavy]) -> None:
         session = requests.Session()
         while not stop.is_set():
-            path, body = requests_[number % len(requests_)]
-            status = send(session, url + path, body)
+            path, body = heavy_requests[number % len(heavy_requests)]
+            status = soak.send(session, url + path, body)
             statuses[f"{kind} {status}"] += 1
             number += 1
 
     threads = [
-        threading.Thread(target=run_client, args=(number, kind, requests_), daemon=True)
-        for clients, kind, requests_ in (
+        threading.Thread(target=run_client, args=(number, kind, heavy_requests), daemon=True)
+        for clients, kind, heavy_requests in (
             (BODY_CLIENTS, "long body", long),
             (ANSWER_CLIENTS, "large answer", large),
         )
@@ -117,17 +78,6 @@ def run_heavy_clients(url: str, stop: Any, counts: Any) -> None:
     for thread in threads:
         thread.join()
     counts.put(dict(statuses))
-
-
-def send(session: requests.Session, url: str, body: str) -> int:
-    """Send a body and read the answer, which must be whole, without keeping it."""
-    headers = {"Content-Type": "application/json"}
-    with session.post(url, data=body, headers=headers, stream=True, timeout=PATIENCE) as response:
-        last = b""
-        for piece in response.iter_content(1 << 16):
-            last = piece
-        assert last.rstrip().endswith((b"}", b"[DONE]")), last[-100:]
-        return response.status_code
 
 
 # Who notices.
@@ -156,7 +106,12 @@ def watch_health(url: str, stop: threading.Event, worst: Worst) -> None:
 
 def watch_stream(url: str, stop: threading.Event, worst: Worst) -> None:
     """Read one stream after the other, and note the gaps between the pieces of each."""
-    body = {"prompt": "the", "max_tokens": CONTEXT - 8, "stream": True, "ignore_eos": True}
+    body = {
+        "prompt": "the",
+        "max_tokens": Limits().context - NEW_TOKENS,
+        "stream": True,
+        "ignore_eos": True,
+    }
     while not stop.is_set():
         with requests.post(
             f"{url}/v1/completions", json=body, stream=True, timeout=PATIENCE
@@ -239,7 +194,7 @@ def make_model(directory: Path) -> Path:
         show_progress=False,
     )
     config = GPTConfig(
-        block_size=CONTEXT, vocab_size=bpe.get_vocab_size(), n_layer=2, n_head=2, n_embd=32
+        block_size=Limits().context, vocab_size=bpe.get_vocab_size(), n_layer=2, n_head=2, n_embd=32
     )
     GPT(config, rngs=nnx.Rngs(0)).save_pretrained(directory)
     bpe.save_model(str(directory))

@@ -1,9 +1,10 @@
 """Mixed load on one server process for as long as you like: python tests/soak.py --minutes=30
 
-Whole and streamed requests, mistakes, clients that leave early and readers that stop reading, from
-32 threads at once. At the end: no 5xx, all pages free, memory flat, throughput steady. The last
-line is one JSON object, the exit code tells if all held. tests/test_serving_load.py runs it for a
-few seconds in its own process. Start reading at soak().
+Whole and streamed requests, mistakes, clients that leave early, readers that stop reading, and now
+and then one of the heaviest requests there are, from 32 threads at once. At the end: no 5xx, all
+pages free, memory flat, throughput steady. The last line is one JSON object, the exit code tells if
+all held. tests/test_serving_load.py runs it for a few seconds in its own process. Start reading at
+soak().
 """
 
 import argparse
@@ -25,13 +26,17 @@ from urllib.parse import urlsplit
 
 import requests
 
+from heavy_requests import Heavy, Limits, large_completions, long_completions
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 60  # seconds that one answer may take
+PATIENCE = 300  # seconds that the answer to a heavy request may take
 DRAINED_WITHIN = 30  # seconds after the load until all pages must be free
 MAX_GROWTH_MIB = 32  # of the server's memory, after the first tenth of the time
 MIN_THROUGHPUT_RATIO = 0.8  # second half over first half
+CONTEXT = 128  # tokens
 SMALL_ENGINE = ["--kv_blocks=129", "--page_size=8", "--prefill_tokens=64", "--max_num_seqs=8"]
-KINDS = ["whole", "whole", "stream", "stream", "mistake", "leave", "leave", "stuck"]
+KINDS = ["whole", "stream", "mistake", "leave"] * 4 + ["stuck"] * 2 + ["heavy"]
 MISTAKES = [
     {"prompt": "a", "top_p": 2},
     {"prompt": "a", "x": 1},
@@ -44,12 +49,20 @@ MISTAKES = [
 class Client:
     """One client after another, of random kinds, with random requests."""
 
-    def __init__(self, url: str, seed: int, stop: threading.Event, counts: Counter) -> None:
+    def __init__(
+        self,
+        url: str,
+        seed: int,
+        stop: threading.Event,
+        counts: Counter,
+        heavy_requests: list[Heavy],
+    ) -> None:
         """counts: answers by status (or kind, of those who read none), and tokens."""
         self.url = url
         self.random = random.Random(seed)
         self.stop = stop
         self.counts = counts
+        self.heavy_requests = heavy_requests
         self.session = requests.Session()
 
     def run(self) -> None:
@@ -63,6 +76,9 @@ class Client:
                 status = kind
             elif kind == "stream":
                 status = self.read_stream()
+            elif kind == "heavy":
+                path, body = self.random.choice(self.heavy_requests)
+                status = send(self.session, self.url + path, body)
             else:
                 status = self.read_whole()
             self.counts[status] += 1
@@ -85,7 +101,7 @@ class Client:
     def make_mistake(self) -> int:
         """Send one of MISTAKES."""
         status = self.post(self.random.choice(MISTAKES)).status_code
-        assert status == 400, status
+        assert status in (400, 429), status  # the second if the queue is full
         return status
 
     def leave(self, longest_stay: float) -> None:
@@ -115,20 +131,37 @@ class Client:
         return response.status_code
 
 
+def send(session: requests.Session, url: str, body: str) -> int:
+    """Send a body and read the answer, which must be whole, without keeping it."""
+    headers = {"Content-Type": "application/json"}
+    last = b""
+    with session.post(url, data=body, headers=headers, stream=True, timeout=PATIENCE) as response:
+        for piece in response.iter_content(1 << 16):
+            last = piece
+    assert last.rstrip().endswith((b"}", b"[DONE]")), last[-100:]
+    return response.status_code
+
+
 def soak(
-    url: str, seconds: float, memory: Callable[[], int], clients: int = 32, looks: int = 10
+    url: str,
+    seconds: float,
+    memory: Callable[[], int],
+    limits: Limits,
+    clients: int = 32,
+    looks: int = 10,
 ) -> dict:
     """Load a server and return what was seen; afterwards all its pages must be free.
 
     memory() returns the bytes of the server's process. looks: how many times throughput and memory
     are looked at. `failed` holds what clients met that was nonsense."""
+    heavy_requests = [*long_completions(limits), *large_completions(limits)]
     stop = threading.Event()
     counts: Counter = Counter()
     failed: list[str] = []
 
     def run_client(seed: int) -> None:
         try:
-            Client(url, seed, stop, counts).run()
+            Client(url, seed, stop, counts, heavy_requests).run()
         except Exception as error:
             failed.append(repr(error))
 
@@ -187,7 +220,8 @@ def main() -> None:
 def soak_process(model: str | Path, seconds: float) -> dict:
     """Start a server.py with this model, load it, end it. Returns what was seen."""
     with server_process(model, ["--max_waiting=64", *SMALL_ENGINE]) as (process, url):
-        report = soak(url, seconds, lambda: memory_of(process.pid))
+        limits = Limits(context=CONTEXT)
+        report = soak(url, seconds, lambda: memory_of(process.pid), limits)
     return report | {"exit_code": process.returncode}
 
 
@@ -250,7 +284,7 @@ def make_tiny_model(directory: Path) -> Path:
 
     tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyz 0123456789")
     config = GPTConfig(
-        block_size=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32
+        block_size=CONTEXT, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32
     )
     GPT(config, rngs=nnx.Rngs(0)).save_pretrained(directory, tokenizer)
     return directory

@@ -90,6 +90,36 @@ def test_messages_hold_no_special_tokens(directory, said):
     assert f"a{said}b".replace(MARK, "") in text, "what was said has changed"
 
 
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("said", SPECIAL)
+def test_no_turn_of_a_chat_holds_special_tokens(directory, turn, said):
+    """Catches: a template that guards the last turn alone, so that an earlier one can end itself and
+    speak as the system."""
+    template = template_of(directory)
+    chat = [{"role": role, "content": "ab"} for role in ("system", "user", "assistant", "user")]
+    injected = [dict(message) for message in chat]
+    injected[turn]["content"] = f"a{said}b"
+    ids = template.encode(injected, True)
+    assert specials(ids) == specials(template.encode(chat, True))
+    assert f"a{said}b" in template.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize(
+    "said", ["so", " so  ", "so<|im_end|>", "", "so CONTINUE_FINAL_MESSAGE_TAG"]
+)
+def test_the_last_message_is_left_open(directory, role, said):
+    """Catches: a last message that is closed, cut off in the middle, or ended by what it says."""
+    template = template_of(directory)
+    chat = [*user("<|im_start|>hi"), {"role": role, "content": said}]
+    ids = template.encode(chat, False, continue_final_message=True)
+    closed = template.encode(chat, False)
+    assert ids == closed[: len(ids)]
+    end = closed[len(ids) :]
+    assert template.tokenizer.decode(end).strip() == "<|im_end|>"
+    assert specials(ids) == specials(closed)[:-1]
+
+
 def specials(ids: list[int]) -> list[int]:
     """The special tokens among ids; they have the first ids."""
     return [token for token in ids if token < len(SPECIAL)]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -88,29 +87,22 @@ def test_a_killed_holder_is_in_nobodys_way(tmp_path, number, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_of_many_at_once_one_gets_it(tmp_path):
-    """Catches a window between the release of a lock, which removes its file, and the next."""
-    held: list[int] = []
-    most = []
+def test_the_file_locked_is_the_one_in_the_directory(tmp_path, monkeypatch):
+    """Catches a lock on a file that its holder removes between its opening and its locking: the
+    third process would make another one, and lock it too."""
+    first, second, third = (RunLock(tmp_path) for _ in range(3))
+    first.acquire()
+    flock = run_lock.fcntl.flock
 
-    def hold_often(number: int) -> None:
-        for _ in range(50):
-            lock = RunLock(tmp_path)
-            try:
-                lock.acquire()
-            except UserError:
-                continue
-            held.append(number)
-            most.append(len(held))
-            held.remove(number)
-            lock.release()
+    def release_first(file, operation):
+        first.release()
+        flock(file, operation)
 
-    threads = [threading.Thread(target=hold_often, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(most) >= 50 and max(most) == 1
+    monkeypatch.setattr(run_lock.fcntl, "flock", release_first)
+    second.acquire()
+    with pytest.raises(UserError, match="is in use"):
+        third.acquire()
+    second.release()
 
 
 def test_a_run_on_another_host_is_seen_by_its_signs_of_life(tmp_path, no_flock, other_kernel):

@@ -47,9 +47,13 @@ EVERY_PARAMETER = {
     "frequency_penalty": 0.5,
     "presence_penalty": 0.3,
     "logit_bias": {5: 2.0, 7: -100.0},
+    "allowed_token_ids": tuple(range(80)),
+    "bad_words": ("t", "ab"),
     "seed": 123,
     "stop": ("e",),
     "stop_token_ids": (9,),
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
     "ignore_eos": True,
     "n": 2,
     "logprobs": 3,
@@ -61,7 +65,7 @@ EVERY_PARAMETER = {
 def test_every_sampling_parameter_arrives(server, offline):
     """Catches: a parameter that is accepted and ignored, or arrives under another name."""
     assert EVERY_PARAMETER.keys() == SamplingParams.__dataclass_fields__.keys()
-    body = EVERY_PARAMETER | {"stop": ["e"], "stop_token_ids": [9], "return_token_ids": True}
+    body = EVERY_PARAMETER | {"return_token_ids": True}
     # echo together with logprobs reports the prompt's logprobs with as many alternatives.
     params = SamplingParams(**EVERY_PARAMETER | {"prompt_logprobs": 3})
     [expected] = offline.generate([TOKENIZER.encode("The ")], params, progress=False)
@@ -76,8 +80,10 @@ def test_every_sampling_parameter_arrives(server, offline):
 def check_choice(choice, out):
     """A choice with echo says what the engine says offline; the prompt has 4 tokens."""
     assert choice["token_ids"] == out.token_ids
+    assert choice["prompt_token_ids"] == TOKENIZER.encode("The ")
     assert choice["text"] == out.text
     assert choice["finish_reason"] == out.finish_reason
+    assert choice["stop_reason"] == out.stop_reason
     new = [p.logprob for p in out.logprobs]
     prompt = [p.logprob for p in out.prompt_logprobs[1:]]
     lists = choice["logprobs"]
@@ -85,7 +91,10 @@ def check_choice(choice, out):
     assert lists["token_logprobs"][1:4] == pytest.approx(prompt)
     assert lists["token_logprobs"][4:] == pytest.approx(new)
     assert all(3 <= len(top) <= 4 for top in lists["top_logprobs"][1:])
-    assert all(2 <= len(top) <= 3 for top in choice["prompt_logprobs"][1:])
+    for entry, top in zip(out.prompt_logprobs[1:], choice["prompt_logprobs"][1:], strict=True):
+        assert 2 <= len(top) <= 3
+        assert top[str(entry.token)]["rank"] == entry.rank
+        assert {1, 2} <= {other["rank"] for other in top.values()}
 
 
 def test_logprob_lists(server):
@@ -124,11 +133,16 @@ def pieces_of(chunks, index):
 
 
 def check_pieces(pieces, expected):
-    """The pieces bring all tokens, and the reason of the end comes once, at the end."""
+    """The pieces bring all tokens, those of the prompt once, at the beginning, and the reason of
+    the end once, at the end."""
     assert len(pieces) > 1
+    for name in ("prompt_token_ids", "prompt_logprobs"):
+        told = [piece.get(name) for piece in pieces]
+        assert told == [expected.get(name)] + [None] * (len(pieces) - 1)
     assert concatenated(p["token_ids"] for p in pieces) == expected["token_ids"]
-    reasons = [p["finish_reason"] for p in pieces]
-    assert reasons == [None] * (len(pieces) - 1) + [expected["finish_reason"]]
+    for name in ("finish_reason", "stop_reason"):
+        reasons = [p[name] for p in pieces]
+        assert reasons == [None] * (len(pieces) - 1) + [expected[name]]
 
 
 def joined(texts):
@@ -294,7 +308,10 @@ def test_other_routes(server):
     assert tokens == {"tokens": TOKENIZER.encode("a€b"), "count": 3, "max_model_len": 128}
     assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "a€b"}
     assert server.post("/detokenize", tokens=[10**6]).status_code == 400
-    assert server.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    [card] = server.get("/v1/models").json()["data"]
+    assert card["id"] == "tiny"
+    assert server.get("/v1/models/tiny").json() == card
+    assert server.get("/v1/models/other/name").json()["error"]["code"] == "model_not_found"
     assert server.get("/version").json().keys() == {"version", "jax"}
     page = server.get("/")
     assert "<title>" in page.text
@@ -306,56 +323,3 @@ def test_other_routes(server):
         response = server.get(path)
         assert response.status_code == status
         assert "error" in response.json()
-
-
-@pytest.fixture
-def openai_client(server):
-    """The real client."""
-    openai = pytest.importorskip("openai")
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def test_openai_client(openai_client):
-    """Catches: whatever the real client cannot read: whole and streamed answers, logprobs, n,
-    errors."""
-    import openai
-
-    create = openai_client.completions.create
-    same = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "seed": 1}
-    assert [m.id for m in openai_client.models.list()] == ["tiny"]
-    whole = create(**same, n=2, logprobs=2)
-    assert len(whole.choices) == 2
-    assert whole.usage.completion_tokens == 16
-    assert whole._request_id
-    assert len(whole.choices[0].logprobs.token_logprobs) == 8
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = list(create(**same, **options, extra_body={"top_k": 50}))
-    assert chunks[-1].usage.completion_tokens == 8
-    assert len(joined(c.choices[0].text for c in chunks[:-1])) == 8
-    with pytest.raises(openai.BadRequestError, match="best_of"):
-        create(model="tiny", prompt="abc", best_of=3)
-    with pytest.raises(openai.NotFoundError):
-        create(model="other", prompt="abc")
-
-
-def test_openai_client_chats(openai_client):
-    """Catches: whatever the real client cannot read: whole and streamed chats, logprobs, errors."""
-    import openai
-
-    create = openai_client.chat.completions.create
-    same = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 8, "seed": 1}
-    same["extra_body"] = {"top_k": 50}
-    whole = create(**same, n=2, logprobs=True, top_logprobs=2)
-    assert [c.message.role for c in whole.choices] == ["assistant"] * 2
-    assert whole.usage.completion_tokens == 16
-    assert [len(entry.top_logprobs) for entry in whole.choices[0].logprobs.content] == [2] * 8
-    chunks = list(create(**same, stream=True, stream_options={"include_usage": True}))
-    assert chunks[-1].usage.completion_tokens == 8
-    assert chunks[0].choices[0].delta.role == "assistant"
-    text = joined(c.choices[0].delta.content for c in chunks[:-1])
-    assert text == whole.choices[0].message.content
-    tool = {"type": "function", "function": {"name": "f"}}
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        create(**same, tools=[tool])
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        create(**same, response_format={"type": "json_object"})

@@ -82,7 +82,8 @@ def test_nobody_waits_for_a_large_answer():
         ticker.cancel()
         assert len(sizes) > 10
         assert max(sizes) < 2 * PIECE_BYTES
-        assert len(set(ticks)) >= len(sizes) - 1, "others had no turn between some pieces"
+        # The first two pieces may follow each other, because nobody has been at work before.
+        assert len(set(ticks)) >= len(sizes) - 2, "others had no turn between some pieces"
 
     asyncio.run(scenario())
     assert len(made) == 10_000
@@ -129,17 +130,25 @@ def test_limit_of_logprobs(server):
     """Catches: an answer that fills the memory, a limit that is one off or forgets a factor, a
     refusal that comes after the work or without the numbers."""
     limit = server.config.max_total_logprobs
+    exact = {"prompt": [[1] * 20] * 2, "n": 5, "max_tokens": 90, "prompt_logprobs": 9}
+    exact["logprobs"] = 19
+    assert 2 * 5 * (20 * 10 + 90 * 20) == limit
+    assert server.post(**exact).status_code == 200
     before = server.worker.stats
-    body = {"prompt": [[1] * 25] * 4, "n": 2, "max_tokens": 75}
-    exact = body | {"prompt_logprobs": 9, "logprobs": 19, "max_tokens": 112}
-    assert 4 * 2 * (25 * 10 + 112 * 20) < limit < 4 * 2 * (25 * 10 + 113 * 20)
-    for refused in ({**exact, "max_tokens": 113}, {**exact, "n": 3}, {**exact, "logprobs": 20}):
-        response = server.post(**refused, stream=True)
-        assert response.status_code == 400
+    for name, value in (
+        ("prompt", [[1] * 20] * 3),
+        ("prompt", [[1] * 20, [1] * 21]),
+        ("n", 6),
+        ("max_tokens", 91),
+        ("prompt_logprobs", 10),
+        ("logprobs", 20),
+    ):
+        response = server.post(**exact | {name: value}, stream=True)
+        assert response.status_code == 400, name
         error = response.json()["error"]
         assert error["param"] == "prompt_logprobs"
         assert f" {limit}" in error["message"]
-    assert f" {4 * 2 * (25 * 10 + 112 * 21)} " in error["message"]
+    assert f" {2 * 5 * (20 * 10 + 90 * 21)} " in error["message"]
     assert server.worker.stats == before, "something was computed"
     assert server.worker.queued == 0
     chat = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "n": 16}
@@ -175,8 +184,8 @@ def test_limit_of_all_open_answers(server):
     [
         ("/v1/completions", {"prompt": "a" * 90_000}, "prompt"),
         ("/v1/completions", {"prompt": ["b", "a" * 90_000]}, "prompt"),
-        ("/v1/completions", {"prompt": [1] * 40_000}, "prompt"),
-        ("/v1/completions", {"prompt": [[2], [1] * 40_000]}, "prompt"),
+        ("/v1/completions", {"prompt": [1] * 30_000}, "prompt"),
+        ("/v1/completions", {"prompt": [[2], [1] * 30_000]}, "prompt"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "a" * 90_000}]},

@@ -18,7 +18,21 @@ BAD = [
     ({"prompt": "a", "top_p": 1.5}, "top_p"),
     ({"prompt": "a", "max_tokens": "4"}, "max_tokens"),
     ({"prompt": "a", "max_tokens": True}, "max_tokens"),
-    ({"prompt": "a", "max_tokens": 10**30}, None),
+    ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+    ({"prompt": "a", "best_of": True}, "best_of"),
+    ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+    ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "top_k": -2}, "top_k"),
+    ({"prompt": "a", "top_k": False}, "top_k"),
+    ({"prompt": "a", "temprature": 1}, "temprature"),
+    ({"prompt": "a", "max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids"),
+    ({"prompt": "a", "allowed_token_ids": [1000]}, "allowed_token_ids"),
+    ({"prompt": "a", "bad_words": ["x" * 100] * 6}, "bad_words"),
+    ({"prompt": "a", "bad_words": ["ж"]}, "bad_words"),
+    ({"prompt": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"prompt": "a", "truncate_prompt_tokens": 0}, "prompt"),
+    ({"prompt": "a", "max_tokens": 10**30}, "max_tokens"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
     ({}, "prompt"),
     ({"prompt": ""}, "prompt"),
@@ -39,6 +53,10 @@ BAD = [
     ({"prompt": "a", "stop_token_ids": [1000]}, "stop_token_ids"),
     ({"prompt": "a", "min_tokens": 20, "max_tokens": 5}, "min_tokens"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+    (
+        {"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options",
+    ),
     ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "frequency_penalty": 1e300}, "frequency_penalty"),
     ({"prompt": "a", "temperature": -1}, "temperature"),
@@ -65,23 +83,34 @@ def user(content, **more) -> dict:
 
 
 BAD_CHATS = [
-    ({"tools": []}, "tools", "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools"),
+    ({"tool_choice": "required"}, "tool_choice", "tool_choice"),
+    ({"store": True}, "store", "store"),
+    ({"modalities": ["text", "audio"]}, "modalities", "modalities"),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
     (user([IMAGE]), "messages", "messages[0].content[0].type"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages[0].role"),
-    (user("x", name="y"), "messages", "messages[0].name"),
+    (user("x", tool_calls=[{"id": "1"}]), "messages", "messages[0].tool_calls"),
+    (user("x", refusal="no"), "messages", "messages[0].refusal"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages", "messages[0].content"),
     ({"messages": [{"role": "user"}]}, "messages", "messages[0].content"),
     ({"messages": CHAT[::-1]}, "messages", "system comes first"),
     (user("ж"), "messages", "ж"),
     ({"messages": []}, "messages", "messages"),
-    (user("x" * 200), None, "128"),
+    (user("x" * 200), "messages", "128"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "one",
+    ),
     ({"messages": "x"}, "messages", "messages"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
     ({"logprobs": 2}, "logprobs", "boolean"),
     ({"n": 17}, "n", "16"),
     ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens", "one of them"),
     ({"prompt": "x"}, "prompt", "prompt"),
-    ({"max_completion_tokens": 10_000}, None, "10000"),
+    ({"max_completion_tokens": 10_000}, "max_completion_tokens", "10000"),
+    ({"max_tokens": 10_000}, "max_tokens", "10000"),
     ({"top_p": 2}, "top_p", "top_p"),
     ({"stream_options": {}}, "stream_options", "stream"),
 ]
@@ -100,11 +129,33 @@ def test_mistakes_in_chats_are_400_and_named(server, body, param, says):
     assert says in error["message"]
 
 
-def test_errors_hold_both_numbers(server):
-    """Catches: a refusal that does not say by how much."""
-    message = server.post(prompt="a" * 100, max_tokens=100).json()["error"]["message"]
-    assert "100" in message
-    assert "128" in message
+TOO_LONG = [
+    ("/v1/completions", {"prompt": "a" * 129}, "prompt", "129"),
+    ("/v1/completions", {"prompt": [1] * 200, "max_tokens": 1}, "prompt", "200"),
+    ("/v1/completions", {"prompt": "a" * 128, "max_tokens": 1}, "prompt", "129"),
+    ("/v1/completions", {"prompt": "a" * 100, "max_tokens": 100}, "max_tokens", "200"),
+    ("/v1/completions", {"prompt": "a" * 1000}, "prompt", "334"),  # seen before it is encoded
+    ("/v1/chat/completions", user("a" * 129), "messages", "146"),  # "user: ", and "assistant:"
+    ("/v1/chat/completions", user("a" * 112), "messages", "129"),
+    ("/v1/chat/completions", user("a" * 99) | {"max_tokens": 99}, "max_tokens", "215"),
+]
+
+
+@pytest.mark.parametrize("path, body, param, number", TOO_LONG)
+def test_what_exceeds_the_context_is_recognised_by_clients(server, path, body, param, number):
+    """Catches: a refusal by which litellm and LangChain do not see that a shorter prompt would do,
+    one that does not say by how much or which field is too large."""
+    response = server.post(path, **body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("This model's maximum context length is 128 tokens")
+    assert error["param"] == param
+    assert number in error["message"]
+
+
+def test_another_model_is_404(server):
+    """Catches: a model's name that is ignored."""
     response = server.post(model="gpt-5", prompt="a")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"

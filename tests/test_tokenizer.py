@@ -94,6 +94,37 @@ def test_text_never_becomes_a_special_token(name, request):
     assert tokenizer.eos_id not in tokenizer.encode("a" + EOT)
 
 
+@pytest.mark.parametrize("text", [TEXT * 3, "", " " * 500, "the naive approach " * 40, "é" * 300])
+def test_fewest_tokens(tokenizer, text):
+    """Catches: a prompt that is refused as too long although it fits, or a bound that bounds
+    nothing."""
+    if tokenizer.name == "char":
+        text = "".join(character for character in text if character in tokenizer.ids)
+    tokens = len(tokenizer.encode(text))
+    assert tokenizer.fewest_tokens(text) <= tokens
+    assert tokenizer.fewest_tokens("\ud800" * 10_000) > 100
+    assert tokenizer.fewest_tokens("a" * 10_000) * tokenizer.longest_token >= 10_000
+
+
+def test_fewest_tokens_of_text_that_may_shrink(hf):
+    """Catches: a text that is refused as too long, although normalising makes it short enough."""
+    bpe = tokenizers.Tokenizer.from_str(hf.meta()["tokenizer_json"])
+    bpe.normalizer = tokenizers.normalizers.Strip()
+    shrinking = HFTokenizer(bpe.to_str(), eos_id=0)
+    assert shrinking.encode(" " * 10_000) == []
+    assert shrinking.fewest_tokens(" " * 10_000) == 0
+    bpe.normalizer = None
+    bpe.add_tokens([tokenizers.AddedToken("<gap>", lstrip=True)])
+    assert HFTokenizer(bpe.to_str(), eos_id=0).fewest_tokens(" " * 10_000 + "<gap>") == 0
+
+
+def test_ids_that_the_vocabulary_does_not_have(hf):
+    """Catches: a server that dies of a token that its model may sample: models have rows to spare,
+    and some vocabularies skip ids."""
+    assert hf.token_bytes(hf.vocab_size + 7) == b""
+    assert hf.decode([*hf.encode("the"), hf.vocab_size + 7]) == "the"
+
+
 def test_unknown_characters_are_named():
     """Catches a KeyError, or unknown characters silently dropped."""
     with pytest.raises(ValueError, match="'\\$é'"):

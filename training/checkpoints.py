@@ -119,8 +119,8 @@ class Checkpoints:
             raise
         except Exception as error:
             raise UserError(
-                f"cannot save a checkpoint in {self.directory}: {reason_of(error, self.directory)}; "
-                "those that are complete are whole",
+                f"cannot save a checkpoint in {self.directory}: "
+                f"{reason_of(error, self.directory)}; those that are complete are whole",
                 param="out_dir",
             ) from error
 
