@@ -98,6 +98,7 @@ class Metrics:
     def __init__(self, model_name: str, max_model_len: int) -> None:
         """max_model_len: tokens of the model's context."""
         self.registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)  # CPU, memory, start
         self.labels = {"model_name": model_name}
         self.token_buckets = buckets_of_tokens(max_model_len)
         self.histograms = {spec.name: self._histogram(spec) for spec in HISTOGRAMS}

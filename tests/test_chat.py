@@ -93,8 +93,8 @@ def test_messages_hold_no_special_tokens(directory, said):
 @pytest.mark.parametrize("turn", range(4))
 @pytest.mark.parametrize("said", SPECIAL)
 def test_no_turn_of_a_chat_holds_special_tokens(directory, turn, said):
-    """Catches: a template that guards the last turn alone, so that an earlier one can end itself and
-    speak as the system."""
+    """Catches: a template that guards the last turn alone, so that an earlier one can end itself
+    and speak as the system."""
     template = template_of(directory)
     chat = [{"role": role, "content": "ab"} for role in ("system", "user", "assistant", "user")]
     injected = [dict(message) for message in chat]

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from running_server import CONFIG, TOKENIZER, events
+from sequence import Logprobs, Output
 from serving import fields
+from serving.answers import CompletionChoiceWriter
 from serving.protocol import ChatRequest, CompletionRequest, Message, StreamOptions, TokenizeRequest
+from tokenizer import CharTokenizer
 
 pytest_plugins = ["server_fixtures"]
 
@@ -108,6 +111,24 @@ def test_stop_reason_and_included_stop_strings(server):
     assert choice(stop_token_ids=[q])["stop_reason"] == q
     chat = server.chat(messages=CHAT, logit_bias={q: 100.0}, stop="qq")["choices"][0]
     assert (chat["message"]["content"], chat["stop_reason"]) == ("", "qq")
+
+
+class Ends(CharTokenizer):
+    """Characters, of which the last stands for a special token."""
+
+    def __init__(self) -> None:
+        super().__init__("ab|")
+        self.special_tokens = {"|": 2}
+
+
+@pytest.mark.parametrize("skip, offsets", [(None, [0, 1, 1]), (False, [0, 1, 2])])
+def test_special_tokens_take_no_room_in_the_text(skip, offsets):
+    """Catches: offsets of logprobs that count a token which is not in the text."""
+    body = CompletionRequest(prompt="a", logprobs=0, skip_special_tokens=skip)
+    writer = CompletionChoiceWriter(body, Ends(), [0], 0)
+    logprobs = [Logprobs(token, -1.0, 1, {}) for token in (0, 2, 1)]
+    piece = writer.write(Output(0, 0, [0, 2, 1], "ab", logprobs))
+    assert list(piece.choice.logprobs.text_offset) == offsets
 
 
 def test_token_ids_of_prompt_and_answer_are_apart(server):

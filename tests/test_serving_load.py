@@ -136,8 +136,7 @@ def test_dashboards_find_their_metrics(server):
     and nobody can find."""
     text = (soak.ROOT / "docs" / "serving.md").read_text()
     promised = set(re.findall(r"^\| `vllm:([a-z0-9_]+)`", text, re.MULTILINE))
-    described = [line for line in server.get("/metrics").text.splitlines() if "# HELP" in line]
-    names = {line.split()[2].removeprefix("vllm:") for line in described}
+    names = re.findall(r"^# HELP vllm:(\w+)", server.get("/metrics").text, re.MULTILINE)
     assert promised == {name for name in names if not name.endswith("_created")}
     [info] = [name for name in read_metrics(server) if "cache_config_info" in name]
     layout = {'block_size="8"', 'num_gpu_blocks="64"', 'cache_dtype="auto"'}
