@@ -40,7 +40,7 @@ from model import Params
 from training import dry_run
 from training.checkpoints import Checkpoints
 from training.run_lock import RunLock
-from training.run_log import Log, require_packages, silence_expected_warnings
+from training.run_log import Log, require_packages, silence_orbax
 from training.run_start import start_evaluation, start_run
 from training.skipped_updates import SkippedUpdates
 from training.token_files import TokenFile, get_batch, load_data, windows_in_order
@@ -452,7 +452,7 @@ def main(config: TrainConfig) -> int:
         print(*dry_run.report(config, train_step), sep="\n")
         return 0
     require_packages(config)
-    silence_expected_warnings()
+    silence_orbax()
     files, meta = load_data(config.data_path)
     processes = connect(config)
     if config.eval_only:

@@ -1,8 +1,12 @@
 """Words become configs, and what cannot is one sentence and exit code 2."""
 
+import gc
 import re
+import signal
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -227,7 +231,7 @@ def test_a_mistaken_command_is_one_sentence(words, sentence, capsys, monkeypatch
     [
         (UserError("n=3 must be even"), "n=3 must be even"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), "there is no file a.txt"),
-        (PermissionError(13, "Permission denied", "b"), "[Errno 13] Permission denied: 'b'"),
+        (PermissionError(13, "Permission denied", "b"), "b: Permission denied"),
     ],
 )
 def test_a_mistake_while_running_is_one_sentence(error, sentence, capsys):
@@ -316,6 +320,54 @@ def test_help_into_a_closed_pipe_is_quiet():
     assert run.stderr.read() == b""
     run.stderr.close()
     run.wait(timeout=60)
+
+
+# Ctrl+C.
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, though whoever runs the tests may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_one_line(interruptible, monkeypatch, capsys):
+    """Catches a traceback, or an exit code that says that all is well, when somebody ends a program
+    while its model loads."""
+
+    def load(config):
+        signal.raise_signal(signal.SIGINT)
+
+    program = types.SimpleNamespace(main=load)
+    monkeypatch.setitem(sys.modules, "program", program)
+    monkeypatch.setattr(sys, "argv", ["program.py", "--to=x"])
+    with pytest.raises(SystemExit) as end:
+        cli.run("program", ExportConfig)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "program.py: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_a_garbage_collection(interruptible, capsys):
+    """Catches an interrupt that is raised where Python prints and forgets it: JAX has a callback of
+    the garbage collector, so while a model loads every other Ctrl+C was lost."""
+
+    def callback(phase, info):
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(SystemExit), cli.interrupt_is_quiet():
+            gc.collect()
+            gc.callbacks.remove(callback)
+            threading.Event().wait(60)
+    finally:
+        if callback in gc.callbacks:
+            gc.callbacks.remove(callback)
+    assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
 # pip.

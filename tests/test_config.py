@@ -79,6 +79,7 @@ def test_presets_are_complete(name):
         (PrepareConfig, {"name": "text"}, "input", "--input FILE"),
         (PrepareConfig, {"name": "shakespeare", "num_proc": 2}, "num_proc", "openwebtext alone"),
         (EngineConfig, {"page_size": 1}, "page_size", "at least 2"),
+        (EngineConfig, {"kv_blocks": 1}, "kv_blocks", "kv_blocks=1 must be at least 2"),
         (EngineConfig, {"kv_cache_memory": 0}, "kv_cache_memory", "at least 1"),
         (EngineConfig, {"chunk_size": 24}, "chunk_size", "page_size=16"),
         (ServeConfig, {"init_from": "gpt2", "port": 2**16}, "port", "65535"),

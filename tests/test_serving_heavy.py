@@ -7,6 +7,7 @@ import asyncio
 import gc
 import json
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -89,15 +90,14 @@ def test_nobody_waits_for_a_large_answer():
     assert len(made) == 10_000
 
 
-def test_heavy_work_leaves_as_much_time_as_it_takes():
-    """Catches: heavy work of many that follows each other without a rest for the others, or that
-    is forgotten when one of those who wait goes away."""
+def test_heavy_work_goes_one_after_the_other():
+    """Catches: heavy work of many in one turn of the loop, a queue that stops when one of those who
+    wait in it goes away."""
     order = []
 
     async def work(name: str, turns: Turns) -> None:
         await turns.take()
         order.append(name)
-        await asyncio.sleep(0)
 
     async def scenario() -> None:
         turns = Turns()
@@ -109,6 +109,25 @@ def test_heavy_work_leaves_as_much_time_as_it_takes():
 
     asyncio.run(scenario())
     assert order == ["a", "c"]
+
+
+def test_heavy_work_leaves_as_much_time_as_it_takes():
+    """Catches: heavy work that follows heavy work without a rest, so that a request that needs
+    several turns of the loop waits for one of them in each."""
+    seconds = 0.05
+    begins = []
+
+    async def work(turns: Turns) -> None:
+        await turns.take()
+        begins.append(time.monotonic())
+        time.sleep(seconds)  # it is heavy
+
+    async def scenario() -> None:
+        turns = Turns()
+        await asyncio.gather(work(turns), work(turns))
+
+    asyncio.run(scenario())
+    assert begins[1] - begins[0] >= 1.9 * seconds
 
 
 def test_large_answer_over_http(server):

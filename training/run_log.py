@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,23 @@ CURVES: list[tuple[str, str, dict[str, Any]]] = [
     ("train_loss", "train", {"marker": "o", "ms": 4}),
     ("val_loss", "validation", {"marker": "o", "ms": 4}),
 ]
-# Beginnings of warnings that Orbax gives, by the name "absl", where all is as it should be.
-EXPECTED_WARNINGS = (
-    # A checkpoint that a signal has asked for has no validation loss.
-    "Requested `tracked_metric`; did not provide metrics",
-    # A save waits for the one before it, where evaluations follow soon on one another.
-    "Waiting for previous save to complete took",
-)
+# What TensorStore's threads say as they end, if Orbax has given up on a save.
+END_OF_AN_ABANDONED_WRITE = "Event loop is closed"
 
 
-def is_unexpected(record: logging.LogRecord) -> bool:
-    """Say whether a record of a log is none of EXPECTED_WARNINGS."""
-    return not str(record.msg).startswith(EXPECTED_WARNINGS)
+def silence_orbax() -> None:
+    """Keep what Orbax logs, and what its threads print, from the screen.
+
+    What fails, it raises too, and Checkpoints tells that in a sentence, which pages of tracebacks
+    would bury; its warnings are of no use to somebody who trains."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = print_unraisable
 
 
-def silence_expected_warnings() -> None:
-    """Keep EXPECTED_WARNINGS, and no others, from the screen: they cross the progress bar."""
-    logging.getLogger("absl").addFilter(is_unexpected)
+def print_unraisable(unraisable: Any) -> None:
+    """Print an exception that nobody can catch, unless it is END_OF_AN_ABANDONED_WRITE."""
+    if str(unraisable.exc_value) != END_OF_AN_ABANDONED_WRITE:
+        sys.__unraisablehook__(unraisable)
 
 
 def require_packages(config: TrainConfig) -> None:
