@@ -89,26 +89,23 @@ class KVCache:
 class Sampling:
     """How the rows of a batch are sampled, as arguments of sampling.draw.
 
-    All fields are arrays, so that no other temperature, top_k or top_p compiles anything again."""
+    All are arrays, so that no other temperature, top_k or top_p compiles anything again."""
 
     seed: jax.Array  # (B, 2) uint32
-    temperature: jax.Array  # (B,) float32
-    top_k: jax.Array  # (B,) int32
-    top_p: jax.Array  # (B,) float32
-    min_p: jax.Array  # (B,) float32
+    settings: dict[str, jax.Array]  # of sampling.draw_settings, (B,) each
     restricts: jax.Array  # () bool
 
     @classmethod
     def create(cls, params: SamplingParams, seed: int, rows: int, vocab_size: int) -> "Sampling":
-        """Return params' temperature, top_k, top_p and min_p for each of `rows` rows.
+        """Return what params say of the draw for each of `rows` rows.
 
         Row b has the seed `seed + b`: so it gives the tokens that an engine gives a request with
         that seed."""
         settings = draw_settings(params, vocab_size)
         return cls(
             seed=jnp.array([seed_words(seed + b) for b in range(rows)]),
+            settings={name: jnp.full(rows, value) for name, value in settings.items()},
             restricts=jnp.array(params.restricts),
-            **{name: jnp.full(rows, value) for name, value in settings.items()},
         )
 
     def draw(self, logits: jax.Array, position: jax.Array) -> jax.Array:
@@ -118,11 +115,8 @@ class Sampling:
             self.seed,
             jnp.zeros_like(position),  # each row is the first sample of its seed
             position,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
             restricts=self.restricts,
+            **self.settings,
         )
 
 
