@@ -19,7 +19,7 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -332,10 +332,11 @@ class Engine:
             param="logit_bias",
         )
 
-    def _check_tokens(self, ids: Iterable[int], name: str) -> None:
+    def _check_tokens(self, ids: Collection[int], name: str) -> None:
         """Raise UserError, about the field with this name, unless the vocabulary has all ids."""
         last = self.model_config.vocab_size - 1
-        wrong = next((token for token in ids if not 0 <= token <= last), None)
+        extremes = (min(ids, default=0), max(ids, default=0))  # ids may be many
+        wrong = next((token for token in extremes if not 0 <= token <= last), None)
         require(
             wrong is None,
             f"{name} has token {wrong}, and the vocabulary ends at {last}",

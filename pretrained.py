@@ -465,7 +465,9 @@ def write(
     save_json(temporary / "generation_config.json", special_tokens)
     if tokenizer is not None:
         write_tokenizer(temporary, tokenizer, config.block_size)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    weights = temporary / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})  # readable for its owner only
+    weights.chmod((temporary / "config.json").stat().st_mode)
     temporary.rename(directory)
 
 

@@ -11,6 +11,7 @@ Shapes: S rows to sample, V padded vocabulary.
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -143,6 +144,7 @@ def bias_columns(seq: Sequence, config: GPTConfig) -> tuple[np.ndarray, np.ndarr
     return ids, biases
 
 
+@lru_cache(maxsize=8)  # the samples of a request have one set, which may be the whole vocabulary
 def pack_allowed(allowed: tuple[int, ...] | None, config: GPTConfig) -> np.ndarray:
     """Return a bit for each token, 1 if it is allowed, lowest of a word first: (V / 32,) uint32.
 
@@ -153,7 +155,8 @@ def pack_allowed(allowed: tuple[int, ...] | None, config: GPTConfig) -> np.ndarr
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
-def spell(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+@lru_cache(maxsize=8)  # the prompts of a request have the same bad words
+def spell(words: tuple[str, ...], tokenizer: Tokenizer) -> list[list[int]]:
     """Return the tokens that spell each of the words, at the beginning of a text and inside it.
 
     Many vocabularies have a word with a space before it as another token: both are returned, as

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token, as text
+UNKNOWN = "character outside of the vocabulary"  # what an exported CharTokenizer says it misses
 
 
 class Tokenizer(ABC):
@@ -59,8 +60,7 @@ class Tokenizer(ABC):
         """Return this tokenizer in the form that Hugging Face's library saves and loads.
 
         Only the tokenizers that can be exported have this form. It encodes as this one does, except
-        that it reads the text of a special token as that token, and drops the characters that a
-        CharTokenizer refuses."""
+        that it reads the text of a special token as that token."""
         raise NotImplementedError(f"a {type(self).__name__} cannot be exported")
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -102,10 +102,13 @@ class CharTokenizer(Tokenizer):
         return {"tokenizer": self.name, "chars": self.chars}
 
     def to_hf(self) -> "tokenizers.Tokenizer":
-        """Return a BPE without merges, so that each character stays a token."""
+        """Return a BPE without merges, so that each character stays a token.
+
+        Its unknown token is not in the vocabulary, so that it refuses what is unknown, and names
+        that token; without one it would drop what is unknown."""
         import tokenizers
 
-        hf = tokenizers.Tokenizer(tokenizers.models.BPE(self.ids, []))
+        hf = tokenizers.Tokenizer(tokenizers.models.BPE(self.ids, [], unk_token=UNKNOWN))
         hf.decoder = tokenizers.decoders.Fuse()  # joins the characters without spaces
         return hf
 

@@ -140,7 +140,9 @@ class GenerationRequest(RequestModel):
         for field in dataclasses.fields(SamplingParams):
             value = getattr(self, field.name, None)  # some are of the completions API only
             if value is not None:
-                given[field.name] = tuple(value) if isinstance(value, list) else value
+                given[field.name] = value
+                if isinstance(value, list):  # to name something twice says nothing more
+                    given[field.name] = tuple(dict.fromkeys(value))
         given["stop"] = self.stop_strings()
         return given
 
@@ -450,40 +452,6 @@ class Text(BaseModel):
     """The text of token ids."""
 
     prompt: str
-
-
-class Health(BaseModel):
-    """The server would serve a request now."""
-
-    status: Literal["ok"] = "ok"
-
-
-class Version(BaseModel):
-    """Of the server, and of what it computes with."""
-
-    version: str
-    jax: str
-
-
-class Page(BaseModel):
-    """One page of the KV cache that is in use."""
-
-    page: int
-    holders: list[tuple[int, int]] = Field(
-        description="(request, sample) of each sequence that has the page in its table"
-    )
-    cached: bool = Field(description="other prompts can find it")
-
-
-class Pool(BaseModel):
-    """The pages of the KV cache, and who holds them."""
-
-    pages: int = Field(description="in the pool; page 0 is the null page")
-    page_size: int
-    running: int
-    waiting: int
-    requests: dict[int, str] = Field(description="X-Request-Id of each request that has not ended")
-    used: list[Page] = Field(description="all other pages are free and empty")
 
 
 class ErrorDetail(BaseModel):

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from errors import UserError
-from serving import protocol
+from serving import protocol, status
 from serving.api_errors import APIError, invalid_request, refused
 from serving.chat import NO_CHAT_TEMPLATE
 from serving.served_model import ServedModel
@@ -144,17 +144,17 @@ def add_model(app: fastapi.FastAPI, model: ServedModel) -> None:
         return model.card(name)
 
     @app.get("/version")
-    async def version() -> protocol.Version:
-        return protocol.Version(version=VERSION, jax=jax.__version__)
+    async def version() -> status.Version:
+        return status.Version(version=VERSION, jax=jax.__version__)
 
 
 def add_state(app: fastapi.FastAPI, model: ServedModel) -> None:
     """Add how the server is: health, metrics, the pages of the KV cache."""
 
     @app.get("/health")
-    async def health() -> protocol.Health:
+    async def health() -> status.Health:
         model.worker.require_ready()
-        return protocol.Health()
+        return status.Health()
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -162,7 +162,7 @@ def add_state(app: fastapi.FastAPI, model: ServedModel) -> None:
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.get("/pool")
-    async def pool() -> protocol.Pool:
+    async def pool() -> status.Pool:
         """Who holds which page of the KV cache, as of now."""
         return await model.pool()
 

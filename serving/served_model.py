@@ -18,7 +18,7 @@ from config import ServeConfig
 from engine import Engine, Stats
 from errors import ContextLengthExceeded, UserError, require
 from sequence import SamplingParams, require_context
-from serving import protocol
+from serving import protocol, status
 from serving.answers import (
     AnswerWriter,
     ChatChoiceWriter,
@@ -131,15 +131,15 @@ class ServedModel:
             id=self.config.model_name, created=self.created, max_model_len=self.max_model_len
         )
 
-    async def pool(self) -> protocol.Pool:
+    async def pool(self) -> status.Pool:
         """Return who holds which page of the KV cache, as of now."""
         stats, pages, requests = await self.worker.ask(self._look_at_pool)
         used = [
-            protocol.Page(page=number, holders=holders, cached=cached)
+            status.Page(page=number, holders=holders, cached=cached)
             for number, (holders, cached) in enumerate(pages)
             if holders or cached
         ]
-        return protocol.Pool(
+        return status.Pool(
             pages=len(pages),
             page_size=self.config.engine.page_size,
             running=stats.running,

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
+import stat
 
 import jax
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import export
 import pretrained
@@ -62,3 +65,26 @@ def test_an_existing_directory_is_not_overwritten(tmp_path, run_dir):
     """Catches an export that mixes its files with those of an earlier one."""
     with pytest.raises(UserError, match="exists already"):
         export.main(ExportConfig(out_dir=run_dir, to=tmp_path))
+
+
+def test_a_server_of_another_user_can_read_all_of_it(tmp_path, run_dir):
+    """Catches weights that only their owner may read, among files that all may."""
+    exported = tmp_path / "hf"
+    umask = os.umask(0o022)
+    try:
+        export.main(ExportConfig(out_dir=run_dir, to=exported))
+    finally:
+        os.umask(umask)
+    modes = {path.name: stat.filemode(path.stat().st_mode) for path in exported.iterdir()}
+    assert set(modes.values()) == {"-rw-r--r--"}, modes
+
+
+def test_an_exported_character_tokenizer_refuses_what_it_does_not_know(tmp_path, run_dir):
+    """Catches characters that transformers drops without a word."""
+    export.main(ExportConfig(out_dir=run_dir, to=tmp_path / "hf"))
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert exported.encode("ab\nd") == [0, 1, 4, 3]
+    assert exported.decode([0, 1, 4, 3]) == "ab\nd"
+    assert len(exported) == SHAPE.vocab_size
+    with pytest.raises(Exception, match="character outside of the vocabulary"):
+        exported.encode("abX")

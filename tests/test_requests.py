@@ -376,10 +376,10 @@ class Spaces(Words):
 def test_bad_words_are_spelled_inside_a_text_too():
     """Catches a word that is banned at the beginning of a text only, or a space that is banned with
     it."""
-    assert spell(["a", "  a", "b", " "], Spaces()) == [[35], [1], [35], [1], [36], [34]]
-    assert spell(["ab"], CharTokenizer("ab")) == [[0, 1]]
+    assert spell(("a", "  a", "b", " "), Spaces()) == [[35], [1], [35], [1], [36], [34]]
+    assert spell(("ab",), CharTokenizer("ab")) == [[0, 1]]
     with pytest.raises(UserError, match="z") as caught:
-        spell(["z"], CharTokenizer("ab"))
+        spell(("z",), CharTokenizer("ab"))
     assert caught.value.param == "bad_words"
 
 

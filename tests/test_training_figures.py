@@ -31,7 +31,7 @@ from tokenizer import CharTokenizer
 from training import run_start
 from training.checkpoints import Checkpoints
 from training.presets import TRAIN_PRESETS
-from training.run_start import MODEL_FIELDS, write_description
+from training.run_start import write_description
 from training.token_files import load_data
 from utils import TrainState, create_optimizer, learning_rate_schedule, open_model
 
@@ -330,7 +330,7 @@ def out_dir(tmp_path_factory) -> Path:
     return out_dir
 
 
-@pytest.mark.parametrize("name", MODEL_FIELDS)
+@pytest.mark.parametrize("name", OTHER_VALUES)
 def test_resume_refuses_another_model(out_dir, name):
     """Catches a field that a resumed run may change without a word, such as the activation, which
     no shape gives away."""

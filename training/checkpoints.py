@@ -6,6 +6,8 @@ Start with `Checkpoints`. How one of them is read and proved whole is in checkpo
 import contextlib
 import dataclasses
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -120,7 +122,8 @@ class Checkpoints:
         except Exception as error:
             raise UserError(
                 f"cannot save a checkpoint in {self.directory}: "
-                f"{reason_of(error, self.directory)}; those that are complete are whole",
+                f"{system_error(error) or reason_of(error, self.directory)}; those that are "
+                "complete are whole",
                 param="out_dir",
             ) from error
 
@@ -184,6 +187,14 @@ def read_state(checkpoint: Checkpoint, state: Any) -> Any:
     read = checkpoint.read({"params": state.params, "opt_state": state.opt_state})
     step = jax.device_put(np.int32(checkpoint.step), state.step.sharding)
     return dataclasses.replace(state, step=step, **read)
+
+
+def system_error(error: BaseException) -> str | None:
+    """Return what the operating system has said, such as "No space left on device", if it has."""
+    if isinstance(error, OSError):
+        return error.strerror
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's exceptions
+    return os.strerror(int(number[1])) if number else None
 
 
 def free_name(path: Path) -> Path:

@@ -5,6 +5,7 @@ however that ended, and which NFS and most cluster file systems share between ho
 system does not, the holder's sign of life in the same file tells the others.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -181,8 +182,9 @@ class RunLock:
             return
         self.released.set()
         self.thread.join()
-        if self.lost is None and is_at(self.path, self.file) and self.is_mine():
-            self.path.unlink()  # before the flock goes, so that it cannot be another's file
+        with contextlib.suppress(OSError):  # left behind on a disk that became read-only
+            if self.lost is None and is_at(self.path, self.file) and self.is_mine():
+                self.path.unlink()  # before the flock goes, so that it cannot be another's file
         os.close(self.file)
         self.file = None
 
