@@ -7,7 +7,7 @@ slot i % P of page table[i // P]. What always holds, and `check` asserts:
    when refs[page] is 0.
 3. A page is written only by the one sequence that holds it, and never while cached: `write` copies
    it first.
-4. A cached page is full, holds prompt tokens only, and is found by one key; a key finds one page.
+4. A cached page is full, and is found by one key; a key finds one page.
 """
 
 from collections import Counter, OrderedDict
@@ -50,7 +50,7 @@ class Prefix(NamedTuple):
 class BlockManager:
     """Lends the pages 1 to num_pages - 1.
 
-    Pages that were filled by prefill stay findable by their tokens (the prefix cache) after their
+    Pages of which `filled` was told stay findable by their tokens (the prefix cache) after their
     last holder has gone, until the pool needs them: least recently held first.
 
     The prefix cache is a trie. A dict compares the tokens themselves on a hit, and a serial number
@@ -126,15 +126,17 @@ class BlockManager:
             )
         return copies
 
-    def filled(self, seq: Hashable, prompt: Sequence[int], tokens: int) -> None:
-        """Put the full pages among the first `tokens` positions of seq, which prefill has filled,
-        into the prefix cache."""
-        assert tokens <= len(prompt), (
-            f"{seq}: prefill of {tokens} tokens of a prompt of {len(prompt)}"
+    def filled(self, seq: Hashable, token_ids: Sequence[int], computed: int) -> None:
+        """Put the full pages among the first `computed` positions of seq into the prefix cache.
+
+        token_ids: of seq, at least so many. What they hold must have the bits that the same tokens
+        get as a prompt."""
+        assert computed <= len(token_ids), (
+            f"{seq}: {computed} tokens are in pages, of {len(token_ids)}"
         )
         pages, serial = self.prefixes[seq]
-        while (pages + 1) * self.page_size <= tokens:
-            key = PrefixKey(serial, self._page_tokens(prompt, pages))
+        while (pages + 1) * self.page_size <= computed:
+            key = PrefixKey(serial, self._page_tokens(token_ids, pages))
             if key not in self.page_of:
                 self._put_into_cache(key, self.tables[seq][pages])
             # Another sequence may have computed the same page before: then that one stays.
@@ -186,9 +188,9 @@ class BlockManager:
         )
         assert self.tables.keys() == self.prefixes.keys(), "tables and prefixes differ"
 
-    def _page_tokens(self, prompt: Sequence[int], i: int) -> tuple[int, ...]:
-        """Return the tokens of a prompt's page i."""
-        return tuple(prompt[i * self.page_size : (i + 1) * self.page_size])
+    def _page_tokens(self, token_ids: Sequence[int], i: int) -> tuple[int, ...]:
+        """Return those of a sequence's tokens that its page i holds."""
+        return tuple(token_ids[i * self.page_size : (i + 1) * self.page_size])
 
     def _shared(self, table: list[int], start: int, end: int) -> list[int]:
         """Return which entries of table, of those for start to end - 1, are in other tables."""

@@ -8,7 +8,6 @@ is left for tyro to find is a config that refuses its values.
 
 import contextlib
 import difflib
-import gc
 import importlib
 import inspect
 import io
@@ -21,7 +20,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Generic, NoReturn, TypeVar
 
 import tyro
@@ -329,30 +327,28 @@ def user_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def interrupt_is_quiet() -> Iterator[None]:
     """Inside, Ctrl+C ends the program with one line, and the exit code that shells have for it."""
-    handler = signal.getsignal(signal.SIGINT)
+    hook = sys.unraisablehook
     try:
-        if handler is signal.default_int_handler:
-            signal.signal(signal.SIGINT, raise_interrupt)
+        sys.unraisablehook = interrupt_again
         yield
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
 
 
-def raise_interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, as Python's handler of SIGINT does, where somebody can catch it.
+def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send a Ctrl+C again that came where nobody can catch it; print any other such exception.
 
-    In a callback of the garbage collector nobody can, and JAX has one, which is called a hundred
-    times while a model loads: Python would print a traceback, and go on."""
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    if frame is not None and frame.f_code in callbacks:
-        again = threading.Timer(CALLBACK_IS_OVER, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
-    else:
-        raise KeyboardInterrupt
+    In a callback of the garbage collector or of a weak reference Python prints an exception and
+    goes on. JAX has such a callback, which is called a hundred times while a model loads."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(CALLBACK_IS_OVER, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
 
 
 @contextlib.contextmanager

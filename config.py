@@ -1,11 +1,10 @@
-"""Every knob of the project, each with its reason: one class for each program.
+"""Every knob, each with its reason: one class for each program (server.py: serving/config.py).
 
 A class says what is allowed of its fields in `__post_init__`; the docstring of a field is what
 `--help` prints. Flags have nanoGPT's names wherever nanoGPT has one. No JAX in here: flags come
 first. The presets of train.py are in training/presets.py.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -270,7 +269,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig(ModelConfig):
+class CPUConfig:
+    """How a model is computed on a CPU."""
+
+    cpu_kernels: Literal["auto", "off"] = "auto"
+    """auto computes products and attention in native code, which the machine's C++ compiler builds
+    at the first use; off, or no compiler, leaves them to XLA, at about half the tokens/s."""
+    weights: Annotated[Literal["int8"] | None, default_is("the model's dtype")] = None
+    """What native code stores matrices in: int8 takes a quarter of float32's memory and time to
+    read, with a scale for every 64 weights of a column."""
+
+
+@dataclass(frozen=True)
+class SampleConfig(CPUConfig, ModelConfig):
     """Write text with a trained model, of --out_dir=DIR or --init_from=gpt2..."""
 
     start: Annotated[str, default_is("a line break", of="\n")] = "\n"
@@ -360,7 +371,7 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(CPUConfig):
     """How an engine lays out its memory and its steps."""
 
     page_size: int = 16
@@ -380,7 +391,7 @@ class EngineConfig:
     chunk_size: Annotated[int | None, default_is("prefill_tokens")] = None
     """Prompt tokens of one sequence computed per step: a multiple of page_size."""
     attention: Annotated[str | None, default_is("by device")] = None
-    """Implementation of attention over pages: xla, triton, mosaic_tpu, or reference (slow)."""
+    """Implementation of attention over pages: cpu, xla, triton, mosaic_tpu, or reference (slow)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "page_size", "kv_blocks")
@@ -395,71 +406,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig(ModelConfig):
-    """Serve a model, of --out_dir=DIR or --init_from=gpt2..., as OpenAI's API over HTTP."""
-
-    engine: EngineConfig = EngineConfig()
-    """The engine that runs it."""
-    served_model_name: Annotated[str | None, default_is("the last part of its path")] = None
-    """What clients call the model."""
-    chat_template: Annotated[Path | None, default_is("the one in init_from, if any")] = None
-    """A Jinja file that makes a prompt of a chat, for /v1/chat/completions."""
-    # The port.
-    host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 lets other machines in: set api_key too."""
-    port: int = 8000
-    """Port to listen on. 0 takes a free one; the log says which."""
-    api_key: str | None = dataclasses.field(default=None, repr=False)
-    """What clients must show on every route but /health. It is better in the environment, as
-    NANOGPT_API_KEY: there `ps` does not show it."""
-    cors_origins: tuple[str, ...] = ()
-    """Pages of these origins may call the API from a browser."""
-    log_format: Literal["auto", "text", "json"] = "auto"
-    """json writes an object a line to stderr, text short lines for people; auto is text on a
-    terminal and json elsewhere."""
-    # What one client may ask for.
-    max_waiting: int = 256
-    """Prompts that may wait for the engine. With more, new requests are answered 429."""
-    max_body_bytes: MemorySize = 2**20
-    """Longest body of a request: bytes, or a number with a unit."""
-    max_prompts: int = 64
-    """Most prompts of a request."""
-    max_n: int = 16
-    """Most samples per prompt."""
-    max_logprobs: int = 20
-    """Most of the likeliest tokens reported per position; at most the engine's 20."""
-    max_total_logprobs: int = 2**18
-    """Most logprobs of an answer: prompts x n x positions x alternatives. These take 50 MB."""
-    max_stop: int = 16
-    """Most stop strings of a request."""
-    # How it ends.
-    drain_timeout: float = 30.0
-    """Seconds that running requests have to finish after SIGTERM."""
-    step_timeout: float = 60.0
-    """Seconds after which a step of the engine counts as stuck, and /health says so."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, 1, "max_waiting", "max_body_bytes", "max_prompts", "max_n")
-        require_at_least(self, 0, "max_stop", "max_total_logprobs", "drain_timeout", "step_timeout")
-        for name, most in (("port", 2**16 - 1), ("max_logprobs", 20)):
-            value = getattr(self, name)
-            require(0 <= value <= most, f"{name}={value} must be from 0 to {most}", param=name)
-        require(
-            self.max_prompts <= self.max_waiting,
-            f"max_prompts={self.max_prompts} must be at most max_waiting={self.max_waiting}: "
-            "more could never be admitted",
-            param="max_prompts",
-        )
-        require(self.api_key != "", "api_key must not be empty", param="api_key")
-
-    @property
-    def model_name(self) -> str:
-        """What clients call the model."""
-        return self.served_model_name or Path(self.init_from or str(self.out_dir)).resolve().name
-
-
-@dataclass(frozen=True)
 class ExportConfig:
     """Make a Hugging Face directory of a trained model."""
 
@@ -470,7 +416,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig(ModelConfig):
+class EvalConfig(CPUConfig, ModelConfig):
     """Score a model, of --out_dir=DIR or --init_from=gpt2..., with lm-evaluation-harness."""
 
     tasks: str = "hellaswag"

@@ -9,8 +9,8 @@ prefix hits, on preemption or on the pool's size, because nothing that reaches a
   through calls whose rows have one token.
 - The bits of a row depend neither on its slot nor on the other rows of the call, nor on how many
   these are: see model_runner.py.
-- Preemption moves pages to host memory and back. Only pages that prefill filled are found by other
-  prompts.
+- Preemption moves pages to host memory and back. Other prompts find pages that prefill filled, and
+  generated tokens only where these get the bits that they would have in a prompt.
 - A token is drawn with a key made of its request's seed, its sample's index and its position.
 """
 
@@ -445,6 +445,8 @@ class Engine:
         if seq.params.max_tokens > 0:
             add_token(output, seq, token, logprobs)
             self.generation_tokens += 1
+            if self.runner.same_bits_in_any_shape:
+                self.scheduler.cache_generated(seq)
         output.text += seq.take_text()
         output.finish_reason = seq.finish_reason
         output.stop_reason = seq.stop_reason

@@ -25,6 +25,7 @@ import pretrained
 from config import Dtype, GPTConfig
 from errors import require
 from generation import Generation, Sampling, check_prompts
+from kernels.packed_linear import PackedLinear, pack_weights, packed_head, round_weights
 from ops import (
     ACTIVATIONS,
     causal_attention,
@@ -139,15 +140,15 @@ class MLP(nnx.Module):
     """Two products with an activation between them, 4 C wide."""
 
     def __init__(self, config: GPTConfig):
+        self.config = config
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = config.dropout
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C); keys (B,) for dropout."""
         hidden = self.activation(saveable(self.c_fc(x)))
-        return dropout(self.c_proj(hidden), self.dropout, keys)
+        return dropout(self.c_proj(hidden), self.config.dropout, keys)
 
 
 class Block(nnx.Module):
@@ -198,6 +199,7 @@ class GPT(nnx.Module):
         make_stack = nnx.vmap(lambda _: Block(config), out_axes=0)
         self.h: Any = make_stack(jnp.arange(config.n_layer))  # for_inference: nnx.List of Blocks
         self.ln_f = LayerNorm(config)
+        self.head: PackedLinear | None = None  # for_inference may pack the token embedding
         self._init_weights(rngs)
 
     def _init_weights(self, rngs: nnx.Rngs) -> None:
@@ -301,6 +303,8 @@ class GPT(nnx.Module):
         """(B, T, C) -> (B, T, V) float32. head (V, C): instead of the token embedding.
 
         The padding of the vocabulary is -inf, so it has no probability anywhere."""
+        if self.head is not None:
+            return self.head(x)
         if head is None:
             head = self.wte.embedding[...]
         logits = einsum("btc,vc->btv", x, head, self.config.dtype)
@@ -352,25 +356,28 @@ class GPT(nnx.Module):
         split = partial(split_into_chunks, chunks=chunks, row_shards=R, position_shards=K)
         return jax.lax.map(chunk_loss, (split(x), split(targets))).sum()
 
-    def for_inference(self, dtype: Dtype | None = None) -> "GPT":
-        """Return a copy to generate with: the same logits up to the rounding of the embeddings.
+    def for_inference(self, dtype: Dtype | None = None, *, packing: str | None = None) -> "GPT":
+        """Return a copy to generate with: the same logits up to the rounding of the weights.
 
         Weights of matmuls are rounded to dtype (default: config.dtype) once instead of at every
-        step. There is one Block per layer instead of a stack, whose slices a CPU copies at every
-        step."""
-        dtype = dtype or self.config.dtype
-        model = GPT.from_params(dataclasses.replace(self.config, dtype=dtype), self.params())
-
-        def rounded(path: tuple, param: jax.Array) -> jax.Array:
-            return param.astype(dtype) if path[-1].key in ("kernel", "embedding") else param
-
-        nnx.update(model, jax.tree_util.tree_map_with_path(rounded, model.params()))
+        step, or, for a CPU, packed for its native kernels: packing is what choose_packing of
+        kernels/cpu_kernels.py returned. There is one Block per layer instead of a stack, whose
+        slices a CPU copies at every step."""
+        config = dataclasses.replace(self.config, dtype=dtype or self.config.dtype)
+        model = GPT.from_params(config, self.params())
         graphdef, weights = nnx.split(model.h)
-        layers = [
-            nnx.merge(graphdef, jax.tree.map(operator.itemgetter(i), weights))
-            for i in range(self.config.n_layer)
-        ]
+        layers = []
+        for i in range(config.n_layer):
+            block = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(i), weights))
+            if packing is None:
+                round_weights(block, config.dtype)
+            else:
+                pack_weights(block, packing)
+            layers.append(block)
         model.h = nnx.List(layers)
+        if packing is not None:
+            model.head = nnx.data(packed_head(model, packing))
+        round_weights(model, config.dtype)  # the embeddings: all others are
         return model
 
     def params(self) -> Params:

@@ -4,10 +4,11 @@ Read model_step, then ModelRunner, then Probe, which chooses the sizes of calls 
 see model.py and paged_attention.py; here `R` rows of a call with `T` new tokens each, `S` rows to
 sample from, `M` pages of the longest sequence, `K` alternatives reported per token.
 
-The same bits: a row of a call gets the same numbers whatever its slot and the other rows are, but
-only in calls of one shape, or of shapes that sum in the same order. So there are few shapes: (R, P)
-for prompts, a page of tokens in each row, and (R, 1) for generated tokens; and of the possible R
-only those that Probe found to give the bits of the largest.
+The same bits: a row of a call gets the same numbers whatever its slot and the other rows are. From
+XLA it gets them only in calls of one shape, or of shapes that sum in the same order. So there are
+few shapes: (R, P) for prompts, a page of tokens in each row, and (R, 1) for generated tokens; and
+of the possible R only those that Probe found to give the bits of the largest. The native CPU code
+gives a token the same bits in a call of any shape: then there is nothing to probe.
 """
 
 import dataclasses
@@ -22,8 +23,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from config import EngineConfig, GPTConfig
+from kernels.cpu_kernels import choose_packing
 from model import GPT, Params
-from paged_attention import PagedKVCache, num_pages_for
+from paged_attention import (
+    PagedKVCache,
+    choose_implementation,
+    num_pages_for,
+    same_bits_in_any_shape,
+)
 from sampling import Slots, StepNeeds, sample_tokens, slot_row
 from scheduler import Plan, Row, Sample
 from sequence import MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
@@ -40,6 +47,9 @@ TILE_COUNTS = (512, 128, 32, 8, 2)
 ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 2)
 """Sizes of a decode call to try besides the largest. A product with one row has bits of its own,
 and 4 rows cost nearly what 8 do."""
+
+NATIVE_ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 1)
+"""The same where native code computes."""
 
 
 class Scores(NamedTuple):
@@ -59,7 +69,11 @@ class Sampled(NamedTuple):
     prompt_scores: Scores | None  # (R, T, ...) of the token that follows each token of a prompt
 
 
-@partial(jax.jit, static_argnames=("config", "attention", "T"), donate_argnames=("pool", "slots"))
+@partial(
+    jax.jit,
+    static_argnames=("config", "packing", "attention", "T"),
+    donate_argnames=("pool", "slots"),
+)
 def model_step(
     params: Params,
     pool: Pool,
@@ -69,6 +83,7 @@ def model_step(
     needs: StepNeeds,
     *,
     config: GPTConfig,
+    packing: str | None,
     attention: str,
     T: int,
 ) -> tuple[Pool, Slots, Sampled]:
@@ -76,8 +91,8 @@ def model_step(
 
     rows (R, 3 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), page table;
     the tokens are read from the slots. samples (S, 2) int32: row after whose last new token to
-    sample, and slot that gets the sample as its next token."""
-    model = nnx.merge(inference_graphdef(config), params)
+    sample, and slot that gets the sample as its next token. packing: that of for_inference."""
+    model = nnx.merge(inference_graphdef(config, packing), params)
     slot, context_len, new_len = rows[:, SLOT], rows[:, CONTEXT_LEN], rows[:, NEW_LEN]
     cache = PagedKVCache(*pool, rows[:, PAGE_TABLE:], context_len, new_len, attention)
     position = context_len[:, None] + jnp.arange(T)  # (R, T)
@@ -156,11 +171,15 @@ def compute_if(needed: jax.Array | bool, function: Callable, *args: jax.Array) -
 
 
 @lru_cache
-def inference_graphdef(config: GPTConfig) -> nnx.GraphDef:
-    """Return the static half of GPT.for_inference.
+def inference_graphdef(config: GPTConfig, packing: str | None) -> nnx.GraphDef:
+    """Return the static half of GPT.for_inference, with this packing.
 
     It is looked up by config, whose hash costs less than that of the graph at each call."""
-    abstract = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)).for_inference())
+
+    def model() -> GPT:
+        return GPT(config, rngs=nnx.Rngs(0)).for_inference(packing=packing)
+
+    abstract = nnx.eval_shape(model)
     return nnx.split(abstract)[0]
 
 
@@ -238,11 +257,17 @@ class ModelRunner:
         cache = create_cache(model.config, config)
         self.num_pages = cache.k_pages.shape[1]
         self.attention = cache.attention
+        self.packing = choose_packing(model.config.dtype, config.weights, config.cpu_kernels)
+        self.same_bits_in_any_shape = self.packing is not None and same_bits_in_any_shape(
+            self.attention
+        )
+        """Whether a token gets the same bits as part of a prompt and when it was generated."""
         # A restored checkpoint is committed to its device, and with it whatever a step returns. All
         # that a step takes is so from the start: what became so after the first step would compile
         # every program again, in the middle of the first request.
         self.device = jax.devices()[0]
-        self.params = jax.device_put(model.for_inference().params(), self.device)
+        unstacked = model.for_inference(packing=self.packing)
+        self.params = jax.device_put(unstacked.params(), self.device)
         self.pool: Pool = jax.device_put((cache.k_pages, cache.v_pages), self.device)
         self.slots = self._empty_slots()
         # Pages of preempted sequences. Those of `leaving` are on their way to host memory.
@@ -301,6 +326,7 @@ class ModelRunner:
             self._pack_samples(samples, size),
             needs,
             config=self.model_config,
+            packing=self.packing,
             attention=self.attention,
             T=tokens,
         )
@@ -344,16 +370,20 @@ class ModelRunner:
 
         Both are ascending: smaller ones whose rows get the same bits, then the largest needed."""
         tiles = descending_sizes(self.max_tiles, TILE_COUNTS)
-        # With bfloat16 a CPU is slow at a product with one row.
-        least = 1 if self.model_config.dtype == "float32" else 2
-        rows = descending_sizes(max(self.max_num_seqs, least), ROW_COUNTS)
+        # With bfloat16 XLA on a CPU is slow at a product with one row.
+        least = 1 if self.packing or self.model_config.dtype == "float32" else 2
+        row_counts = NATIVE_ROW_COUNTS if self.same_bits_in_any_shape else ROW_COUNTS
+        rows = descending_sizes(max(self.max_num_seqs, least), row_counts)
         programs = 1 + len(tiles) + len(rows)
         with tqdm(total=programs, desc="compiling", disable=not progress) as bar:
             self._compile_page_copies()
             bar.update()
             probe = Probe(self, after_size=bar.update)
-            prefill_sizes = probe.sizes_of_equal_bits(tiles, self.page_size)
-            decode_sizes = probe.sizes_of_equal_bits(rows, 1)
+            choose = probe.sizes_of_equal_bits
+            if self.same_bits_in_any_shape:
+                choose = probe.all_sizes
+            prefill_sizes = choose(tiles, self.page_size)
+            decode_sizes = choose(rows, 1)
         return prefill_sizes, decode_sizes
 
     def _compile_page_copies(self) -> None:
@@ -389,6 +419,13 @@ class Probe:
                 break
             equal.append(size)
         return equal[::-1]
+
+    def all_sizes(self, sizes: list[int], tokens: int) -> list[int]:
+        """Return the descending sizes, ascending, after a call of each, which compiles it."""
+        for size in sizes:
+            self._call(range(1), size, tokens)
+            self.after_size()
+        return sizes[::-1]
 
     def logprob_bits(self, size: int, tokens: int) -> list[np.ndarray]:
         """Return the arrays of Scores, as integers, of what follows the prompts.
@@ -439,10 +476,11 @@ def create_cache(model_config: GPTConfig, config: EngineConfig) -> PagedKVCache:
     """Return an empty pool of config.kv_blocks pages, or as many as fit config.kv_cache_memory."""
     page_size = config.page_size
     dtype = config.kv_dtype or model_config.dtype
+    attention = choose_implementation(config.attention, config.cpu_kernels)
     num_pages = config.kv_blocks or num_pages_for(
-        model_config, page_size, dtype, config.kv_cache_memory, config.attention
+        model_config, page_size, dtype, config.kv_cache_memory, attention
     )
-    return PagedKVCache.create(model_config, num_pages, page_size, dtype, config.attention)
+    return PagedKVCache.create(model_config, num_pages, page_size, dtype, attention)
 
 
 def descending_sizes(largest: int, choices: tuple[int, ...]) -> list[int]:

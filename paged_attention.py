@@ -2,7 +2,8 @@
 
 Start reading at `reference`, which defines what all implementations compute, then at
 PagedKVCache.attend, which writes new keys and values into the pool and calls one of them. `xla` is
-the one tuned for a CPU; those for GPUs and TPUs are in kernels/pallas.py.
+tuned for a CPU; the native code for one is in kernels/cpu_kernels.cc, and what is for GPUs and TPUs
+in kernels/pallas.py.
 
 Shapes: `B T C H D V L` as in model.py, and for pages `N` physical pages of `P` tokens each, `M`
 logical pages per row of the block table. A pool is (L, N, H, P, D): what one head needs of one
@@ -19,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jax.experimental import pallas as pl
 
 from config import GPTConfig
 from errors import require
+from kernels import cpu_kernels
 from kernels.pallas import NO_SCORE, TPU_LANES, mosaic_tpu, triton, visible_positions
 
 
@@ -53,7 +55,7 @@ class PagedKVCache:
     new_lens: jax.Array
     """(B,) int32, how many of this call's T tokens are real; 0 for a padding row"""
     attention: str
-    """implementation, a key of IMPLEMENTATIONS"""
+    """implementation: NATIVE or a key of IMPLEMENTATIONS"""
 
     @classmethod
     def create(
@@ -105,6 +107,8 @@ class PagedKVCache:
         q, k, v (B, T, H, D). Returns y (B, T, H, D) float32, zero for padding tokens, and the
         cache."""
         T, _, D = q.shape[1:]
+        if self.attention == NATIVE:
+            return self._attend_natively(layer, q, k, v)
         slots = self._slots(layer, T)
         cache = dataclasses.replace(
             self, k_pages=write(self.k_pages, slots, k), v_pages=write(self.v_pages, slots, v)
@@ -121,6 +125,23 @@ class PagedKVCache:
             implementation=self.attention,
         )
         return y, cache
+
+    def _attend_natively(
+        self, layer: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, "PagedKVCache"]:
+        """Do what attend does, in one call of native code. Padding tokens are written nowhere."""
+        y, k_pages, v_pages = cpu_kernels.paged_attention(
+            q,
+            k,
+            v,
+            self.k_pages,
+            self.v_pages,
+            self.block_tables,
+            self.context_lens,
+            self.new_lens,
+            layer=layer,
+        )
+        return y, dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def advance(self, T: int) -> "PagedKVCache":
         """Return the cache after the last layer: each row holds its new_lens, at most T, more."""
@@ -444,14 +465,38 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def choose_implementation(name: str | None) -> str:
-    """Return name, or the default for None. Raises UserError if there is none of that name."""
-    name = name or default_implementation()
-    known = ", ".join(IMPLEMENTATIONS)
-    require(name in IMPLEMENTATIONS, f"attention={name}: there are {known}", "attention")
+NATIVE = "cpu"
+"""Name of the native CPU kernel, cpu_kernels.paged_attention. It writes to the pool as well, so it
+is no entry of IMPLEMENTATIONS: see PagedKVCache.attend."""
+
+
+def same_bits_in_any_shape(implementation: str) -> bool:
+    """Return whether a token gets the same bits in calls of any number of rows and new tokens.
+
+    Of the others a token's bits are promised only among calls of one shape."""
+    return implementation == NATIVE
+
+
+def choose_implementation(
+    name: str | None, cpu_kernels_switch: Literal["auto", "off"] = "auto"
+) -> str:
+    """Return name, or the default for None. Raises UserError if there is none of that name, or
+    if it cannot be had here. cpu_kernels_switch: off for a user who wants no native code."""
+    name = name or default_implementation(cpu_kernels_switch)
+    known = ", ".join([*IMPLEMENTATIONS, NATIVE])
+    require(
+        name in IMPLEMENTATIONS or name == NATIVE,
+        f"attention={name}: there are {known}",
+        "attention",
+    )
+    if name == NATIVE:
+        reason = cpu_kernels.unavailable_because(cpu_kernels_switch)
+        require(reason is None, f"attention={name} cannot be had here: {reason}", "attention")
     return name
 
 
-def default_implementation() -> str:
+def default_implementation(cpu_kernels_switch: Literal["auto", "off"]) -> str:
     """Return the implementation for this process's devices."""
-    return {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend(), "xla")
+    is_native = cpu_kernels.unavailable_because(cpu_kernels_switch) is None
+    on_cpu = NATIVE if is_native else "xla"
+    return {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend(), on_cpu)

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from errors import require
+from kernels.cpu_kernels import choose_packing
 from tokenizer import StreamDecoder
 from utils import open_model
 
@@ -26,7 +27,8 @@ def main(config: SampleConfig) -> None:
     start = read_start(config.start)
     prompt = tokenizer.encode(start)
     require(len(prompt) > 0, "--start must not be empty", param="start")
-    model = model.for_inference()
+    packing = choose_packing(model.config.dtype, config.weights, config.cpu_kernels)
+    model = model.for_inference(packing=packing)
     print(f"{name}, {model.config.num_params() / 1e6:.2f}M parameters\n")
     print(start, end="", flush=True)
     samples: list[list[int]] = [[] for _ in range(config.num_samples)]

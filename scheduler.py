@@ -114,6 +114,14 @@ class Scheduler:
             self._advance(newcomer, plan)
         return plan
 
+    def cache_generated(self, seq: Sequence) -> None:
+        """Let other prompts find the full pages of seq whose tokens the host knows, if it runs.
+
+        Only for models whose generated tokens have the bits that they would get as a prompt."""
+        read_tokens = len(seq.tokens) - 1  # the newest has not been read
+        if seq.state is State.RUNNING and read_tokens % self.blocks.page_size == 0:
+            self.blocks.filled(seq.key, seq.tokens, read_tokens)
+
     def finish(self, seq: Sequence) -> None:
         """End seq, whatever its state, and the followers that have not forked from it yet.
 

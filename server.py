@@ -5,7 +5,8 @@ serving/routes.py; the engine has a thread of its own, see serving/worker.py.
 """
 
 import cli
-from config import EngineConfig, ServeConfig
+from config import EngineConfig
+from serving.config import ServeConfig
 
 if __name__ == "__main__":
     cli.run("server", ServeConfig)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from benchmarks.contender import (
     ratio,
     take_turns,
 )
+from benchmarks.other_interpreters import llama_cpp, vllm
 from benchmarks.transformers_peers import TransformersContinuous, TransformersPadded
 from benchmarks.workload import (
     Request,
@@ -35,7 +37,16 @@ from benchmarks.workload import (
 from config import EngineConfig, GPTConfig
 from errors import require, require_at_least
 
+PEERS_MAX_NUM_SEQS = 64  # sequences that a peer of another interpreter may run at once
+
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2}
+
+# The fields of the config that say where peers run which need an interpreter of their own.
+INTERPRETERS = {
+    "vllm": "vllm_python",
+    "llama_cpp": "llama_cpp_python",
+    "llama_cpp_q8_0": "llama_cpp_python",
+}
 
 # Equal streams: short prompts, so that the time is that of decode steps.
 STREAM_PROMPT_TOKENS = 16
@@ -60,15 +71,31 @@ class BenchGenerateConfig:
     """fewest and most tokens of an output"""
     seed: int = 1337
     """seed of the lengths and the tokens"""
-    peers: tuple[Literal["dense", "transformers", "transformers_continuous", "products"], ...] = (
+    peers: tuple[
+        Literal[
+            "dense",
+            "transformers",
+            "transformers_continuous",
+            "vllm",
+            "llama_cpp",
+            "llama_cpp_q8_0",
+            "products",
+        ],
+        ...,
+    ] = (
         "dense",
         "transformers",
         "transformers_continuous",
         "products",
     )
     """who to race against: dense is our own dense generate in padded batches, transformers the
-    same of transformers, transformers_continuous its continuous batching; products is no peer but
-    a limit: the engine's products with the weights by themselves"""
+    same of transformers, transformers_continuous its continuous batching; vllm and llama_cpp, which
+    q8_0 gives 8-bit weights, have interpreters of their own; products is no peer but a limit: the
+    engine's products with the weights by themselves"""
+    vllm_python: Path | None = None
+    """an interpreter that has vLLM, for the peer vllm"""
+    llama_cpp_python: Path | None = None
+    """an interpreter that has llama-cpp-python, gguf, numpy and safetensors, for llama_cpp"""
     batch_sizes: tuple[int, ...] = (8, 32)
     """sizes of the padded batches"""
     streams: tuple[int, ...] = (1, 8)
@@ -79,6 +106,13 @@ class BenchGenerateConfig:
     def __post_init__(self):
         require_at_least(self, 1, "requests", "rounds")
         require_ranges(self, "prompt_tokens", "output_tokens")
+        for peer in self.peers:
+            interpreter = INTERPRETERS.get(peer)
+            require(
+                interpreter is None or getattr(self, interpreter) is not None,
+                f"the peer {peer} needs an interpreter that has it: --{interpreter}=PATH",
+                param="peers",
+            )
         longest = self.prompt_tokens[1] + self.output_tokens[1]
         require(
             longest <= self.model.block_size,
@@ -206,10 +240,12 @@ class DenseGeneration(Contender):
     def __init__(self, config: GPTConfig, requests: list[Request], batch_size: int):
         from flax import nnx
 
+        from kernels.cpu_kernels import choose_packing
         from model import GPT
 
         self.batches = padded_batches(requests, batch_size)
-        self.model = GPT(config, rngs=nnx.Rngs(0)).for_inference()
+        packing = choose_packing(config.dtype)
+        self.model = GPT(config, rngs=nnx.Rngs(0)).for_inference(packing=packing)
 
     def warm_up(self) -> None:
         """Do the job once: every batch may have shapes of its own."""
@@ -224,7 +260,7 @@ class DenseGeneration(Contender):
 class ProductsOnly(Contender):
     """The engine's products with the weights and nothing else, in its shapes and as often.
 
-    It shows what is left to gain, and what is not, while XLA multiplies."""
+    It shows what is left to gain, and what is not, with the products as they are."""
 
     def __init__(self, config: BenchGenerateConfig, requests: list[Request]):
         import jax.numpy as jnp
@@ -234,7 +270,7 @@ class ProductsOnly(Contender):
 
         model = GPT(config.model, rngs=nnx.Rngs(0))
         self.calls = count_calls(model, config.engine, requests)
-        self.products = jitted_products(model)
+        self.products = jitted_products(model, config.engine)
         self.inputs = {
             (rows, tokens): jnp.ones((rows, tokens, config.model.n_embd))
             for rows, tokens in self.calls
@@ -271,14 +307,17 @@ def count_calls(model, config: EngineConfig, requests: list[Request]) -> Counter
     return engine.calls
 
 
-def jitted_products(model) -> Callable:
+def jitted_products(model, config: EngineConfig) -> Callable:
     """Return a jitted function of x (R, T, C): all products of a call, one after the other.
 
     Each product needs the result of the one before, so that XLA leaves none out."""
     import jax
     from flax import nnx
 
-    graphdef, params = nnx.split(model.for_inference())
+    from kernels.cpu_kernels import choose_packing
+
+    packing = choose_packing(model.config.dtype, config.weights, config.cpu_kernels)
+    graphdef, params = nnx.split(model.for_inference(packing=packing))
 
     @jax.jit
     def products(params, x):
@@ -295,6 +334,18 @@ def jitted_products(model) -> Callable:
 
 # The peers that run padded batches of a size.
 PADDED = {"dense": DenseGeneration, "transformers": TransformersPadded}
+
+
+def other_interpreter(
+    config: BenchGenerateConfig, peer: str, requests: list[Request], max_num_seqs: int
+) -> ContenderProcess:
+    """Start a peer that has an interpreter of its own, for at most so many sequences at once."""
+    python = getattr(config, INTERPRETERS[peer])
+    arguments = (python, config.model, requests, max_num_seqs)
+    if peer == "vllm":
+        return ContenderProcess(vllm, *arguments)
+    weights = "q8_0" if peer == "llama_cpp_q8_0" else config.model.dtype
+    return ContenderProcess(llama_cpp, *arguments, weights)
 
 
 def bench_generate(config: BenchGenerateConfig) -> dict:
@@ -326,6 +377,9 @@ def ragged_contenders(
                 contenders[f"{peer}_{size}"] = process
         elif peer == "products":
             contenders[peer] = ContenderProcess(ProductsOnly, config, requests)
+        elif peer in INTERPRETERS:
+            most = min(config.requests, PEERS_MAX_NUM_SEQS)
+            contenders[peer] = other_interpreter(config, peer, requests, most)
         else:
             contenders[peer] = ContenderProcess(TransformersContinuous, config.model, requests)
     return contenders
@@ -342,6 +396,8 @@ def race_streams(config: BenchGenerateConfig, streams: int) -> dict:
     for peer in config.peers:
         if peer in PADDED:
             contenders[peer] = ContenderProcess(PADDED[peer], config.model, requests, streams)
+        elif peer in INTERPRETERS:
+            contenders[peer] = other_interpreter(config, peer, requests, streams)
     if "products" in config.peers:
         contenders["products"] = ContenderProcess(ProductsOnly, config, requests)
     return race(contenders, config.rounds, total_output(requests))

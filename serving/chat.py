@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pretrained
-from config import ServeConfig
 from errors import UserError, require
 from formats import hugging_face
+from serving.config import ServeConfig
 from tokenizer import Tokenizer
 
 MARK = "\ufdd0"

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 from fastapi.responses import Response
 
-from config import ServeConfig
 from engine import Engine, Stats
 from errors import ContextLengthExceeded, UserError, require
 from sequence import SamplingParams, require_context
@@ -29,6 +28,7 @@ from serving.answers import (
 )
 from serving.api_errors import APIError
 from serving.chat import NO_CHAT_TEMPLATE, ChatTemplate
+from serving.config import ServeConfig
 from serving.job import Job
 from serving.log import current_request
 from serving.pieces import json_response

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from config import ServeConfig
 from engine import Engine, Stats
 from errors import UserError
 from sequence import Output
 from serving.api_errors import APIError, refused, unavailable
+from serving.config import ServeConfig
 from serving.job import Job
 from serving.metrics import Metrics, SampleEnd
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import requests
 
-from config import EngineConfig, GPTConfig, ServeConfig
+from config import EngineConfig, GPTConfig
 from engine import Engine
 from model import GPT
 from sequence import Output
 from server import Server
+from serving.config import ServeConfig
 from serving.worker import Worker
 from tokenizer import CharTokenizer
 

@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from config import ServeConfig
 from errors import UserError
 from serving.chat import MARK, ChatTemplate, load_template
+from serving.config import ServeConfig
 from tokenizer import CharTokenizer, HFTokenizer
 
 CHATML = (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ from config import (
     ExportConfig,
     PrepareConfig,
     SampleConfig,
-    ServeConfig,
     TrainConfig,
 )
 from errors import UserError
 from flags import memory_size, memory_text, value_of
+from serving.config import ServeConfig
 from training.presets import TRAIN_PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -350,23 +351,40 @@ def test_ctrl_c_is_one_line(interruptible, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_during_a_garbage_collection(interruptible, capsys):
-    """Catches an interrupt that is raised where Python prints and forgets it: JAX has a callback of
-    the garbage collector, so while a model loads every other Ctrl+C was lost."""
+def interrupt_in_a_collection():
+    """Let Ctrl+C come in a callback of the garbage collector."""
 
     def callback(phase, info):
         if phase == "start":
+            gc.callbacks.remove(callback)
             signal.raise_signal(signal.SIGINT)
 
     gc.callbacks.append(callback)
-    try:
-        with pytest.raises(SystemExit), cli.interrupt_is_quiet():
-            gc.collect()
-            gc.callbacks.remove(callback)
-            threading.Event().wait(60)
-    finally:
-        if callback in gc.callbacks:
-            gc.callbacks.remove(callback)
+    gc.collect()
+
+
+def interrupt_in_a_weak_references_end():
+    """Let Ctrl+C come in the callback of a weak reference."""
+
+    class Anything:
+        pass
+
+    thing = Anything()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    assert reference() is None
+
+
+@pytest.mark.parametrize(
+    "interrupt", [interrupt_in_a_collection, interrupt_in_a_weak_references_end]
+)
+def test_ctrl_c_where_nobody_can_catch_it(interruptible, capsys, interrupt):
+    """Catches an interrupt that is raised where Python prints and forgets it: JAX has a callback of
+    the garbage collector, so while a model loads every other Ctrl+C was lost."""
+    with pytest.raises(SystemExit) as end, cli.interrupt_is_quiet():
+        interrupt()
+        threading.Event().wait(60)
+    assert end.value.code == 130
     assert capsys.readouterr().err.endswith(": interrupted\n")
 
 

@@ -8,9 +8,10 @@ import pytest
 import config
 import pretrained
 from bench import BENCHES
-from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, ServeConfig, TrainConfig
+from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, TrainConfig
 from errors import UserError
 from flags import field_docstrings
+from serving.config import ServeConfig
 from training.presets import TRAIN_PRESETS
 
 CONFIGS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]

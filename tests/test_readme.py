@@ -15,9 +15,9 @@ from config import (
     ExportConfig,
     PrepareConfig,
     SampleConfig,
-    ServeConfig,
     TrainConfig,
 )
+from serving.config import ServeConfig
 from training.presets import TRAIN_PRESETS
 
 ROOT = Path(__file__).parents[1]

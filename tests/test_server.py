@@ -23,9 +23,9 @@ import requests
 
 import cli
 import server as server_program
-from config import ServeConfig
 from errors import UserError
 from running_server import COMPILING, DEADLINE, TOKENIZER, Running
+from serving.config import ServeConfig
 from serving.log import JSONLines, RequestLog, TextLines, log_request, wants_text
 
 pytest_plugins = ["server_fixtures"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from config import ServeConfig
 from running_server import CONFIG, TOKENIZER, asgi, events
 from sequence import SamplingParams
+from serving.config import ServeConfig
 from serving.routes import create_app
 from serving.served_model import ServedModel
 

@@ -11,9 +11,9 @@ import pytest
 import requests
 from starlette.exceptions import HTTPException
 
-from config import ServeConfig
 from running_server import CONFIG, DEADLINE, TOKENIZER
 from server import Server
+from serving.config import ServeConfig
 from serving.gate import LARGE_BODY, Gate
 from serving.log import JSONLines
 from serving.turns import Turns

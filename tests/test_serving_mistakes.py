@@ -28,7 +28,7 @@ BAD = [
     ({"prompt": "a", "max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
     ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids"),
     ({"prompt": "a", "allowed_token_ids": [1000]}, "allowed_token_ids"),
-    ({"prompt": "a", "bad_words": ["x" * 100] * 6}, "bad_words"),
+    ({"prompt": "a", "bad_words": ["x" * n for n in range(95, 101)]}, "bad_words"),
     ({"prompt": "a", "bad_words": ["ж"]}, "bad_words"),
     ({"prompt": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"prompt": "a", "truncate_prompt_tokens": 0}, "prompt"),
