@@ -36,7 +36,7 @@ class WorkerProcess(Contender):
             "requests": requests,
         }
         self.process = subprocess.Popen(
-            [python, WORKERS / script],
+            [python, "-P", WORKERS / script],  # -P: what lies beside it is no module of the peer
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -16,9 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kernels import cpu_kernels as ck  # noqa: E402
-
 import test_cpu_kernels as tests  # noqa: E402 - found on the path set above
+from kernels import cpu_kernels as ck  # noqa: E402
 
 FILES = (ck.SOURCE.name, *ck.HEADERS)
 GQA = {"H": 9, "KV": 3, "D": 64, "P": 16, "dtype": "bfloat16"}
