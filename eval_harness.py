@@ -1,18 +1,16 @@
 """Score a model with lm-evaluation-harness:
 python eval_harness.py --init_from=gpt2 --tasks=hellaswag
 
-The harness asks for the probability of continuations of contexts. Here all requests are sorted
-as token sequences and packed into rows that are tries: a beginning that several requests share
-(the context of four endings, the examples of a few-shot task) is computed once. The model sees a
-trie as a cache of an unusual kind (Trie, below).
+The harness asks for the probability of continuations of contexts. All requests are packed into
+rows that are tries (evaluation/tries.py), so that what several of them share is computed once.
 
-Read JAXNanoGPT._loglikelihood_tokens, then pack, then score.
+Read JAXNanoGPT._loglikelihood_tokens, then pack in evaluation/tries.py, then score.
 
-Shapes: B rows, T tokens of a row, H heads, D head_dim, C n_embd, V padded vocabulary.
+Shapes: B rows, T tokens of a row, C n_embd, V padded vocabulary.
 """
 
 import cli
-from config import Dtype, EvalConfig
+from config import Dtype, EngineConfig, EvalConfig
 
 if __name__ == "__main__":
     cli.run("eval_harness", EvalConfig)
@@ -22,7 +20,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,171 +46,19 @@ from tqdm import tqdm
 
 from engine import Engine
 from errors import UserError, require
-from ops import einsum
+from evaluation.tries import PackedRows, Row, Trie, arrays, pack, row_lengths
+from kernels.cpu_kernels import choose_packing
+from model import GPT
 from sequence import SamplingParams
 from utils import open_model, write_atomically
 
-SHORTEST_ROW = 512  # tokens; longer rows are this times a power of two
 # As many tokens at a time as keep the device busy.
 TOKENS_ON_CPU = 1024
 TOKENS_ON_ACCELERATOR = 16384
 HEAD_CHUNKS = 8  # parts of B T places for which logits, V float32 numbers each, exist at a time
-OPEN = -1  # the end, in a Row, of a token that the next sequence may still continue
 
 # A request to be scored: its key in lm-eval's cache, if it has one, context and continuation.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trie:
-    """Takes a cache's place in GPT.hidden where rows hold tries in depth-first order.
-
-    It keeps no keys and values."""
-
-    # (B, T) int32: the position of each token in its sequence.
-    depth: jax.Array
-    # (B, T, T) bool: [b, t, s] is whether token t sees token s, that is, whether s is on its path.
-    visible: jax.Array
-    dtype: str = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def create(
-        cls, depth: jax.Array | np.ndarray, end: jax.Array | np.ndarray, dtype: str
-    ) -> "Trie":
-        """depth, end (B, T) int32: the tokens that continue token s are s + 1 to end[s] - 1."""
-        t = jnp.arange(depth.shape[1])[:, None]
-        return cls(jnp.asarray(depth), (t >= t.T) & (t < end[:, None, :]), dtype)
-
-    def positions(self, T: int) -> jax.Array:
-        """Return the position of each token in its own sequence: (B, T)."""
-        return self.depth
-
-    def attend(
-        self, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, "Trie"]:
-        """Let each token attend to its path.
-
-        q, k, v (B, T, H, D); returns (B, T, H, D) float32, and itself."""
-        q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)  # (B, H, T, D)
-        k = k.swapaxes(1, 2)
-        v = v.swapaxes(1, 2)
-        scores = einsum("bhtd,bhsd->bhts", q, k, self.dtype)
-        scores = jnp.where(self.visible[:, None], scores, -jnp.inf)
-        out = einsum("bhts,bhsd->bhtd", jax.nn.softmax(scores), v, self.dtype)
-        return out.swapaxes(1, 2), self
-
-    def advance(self, T: int) -> "Trie":
-        """Return itself: nothing comes after a trie."""
-        return self
-
-
-class Scored(NamedTuple):
-    """A token whose probability is asked for."""
-
-    request: int
-    place: int  # index in the row of the token that it is to follow
-    target: int  # the token itself
-
-
-class Row:
-    """A row of a fixed number of tokens that is being packed with sequences."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.tokens: list[int] = []
-        self.depth: list[int] = []  # of each token: its position in its sequence
-        self.end: list[int] = []  # of each token: the index after the last one that continues it
-        self.path: list[int] = []  # indices in the row of the tokens of the last sequence
-        self.scored: list[Scored] = []
-
-    def add(self, request: int, sequence: list[int], targets: list[int]) -> bool:
-        """Add a sequence and score the targets that follow its last tokens.
-
-        Returns False, and changes nothing, if it is too long for the row."""
-        shared = self._shared_with_path(sequence)
-        tokens = len(self.tokens) + len(sequence) - shared
-        scored = len(self.scored) + len(targets)
-        if max(tokens, scored) > self.length:
-            return False
-        self.close(shared)
-        for depth, token in enumerate(sequence[shared:], shared):
-            self.path.append(len(self.tokens))
-            self.tokens.append(token)
-            self.depth.append(depth)
-            self.end.append(OPEN)
-        followed = self.path[-len(targets) :]
-        for place, target in zip(followed, targets, strict=True):
-            self.scored.append(Scored(request, place, target))
-        return True
-
-    def _shared_with_path(self, sequence: list[int]) -> int:
-        """Return how many tokens the sequence begins with that the last one began with too."""
-        shared = 0
-        # The shorter one ends the comparison.
-        for index, token in zip(self.path, sequence, strict=False):
-            if self.tokens[index] != token:
-                break
-            shared += 1
-        return shared
-
-    def close(self, depth: int = 0) -> None:
-        """Note that no more tokens will continue those of the path from `depth` on."""
-        for index in self.path[depth:]:
-            self.end[index] = len(self.tokens)
-        del self.path[depth:]
-
-
-def pack(
-    requests: list[int], sequences: list[list[int]], targets: list[list[int]], T: int
-) -> list[Row]:
-    """Pack the sequences of these requests, which are indices, into rows of T tokens.
-
-    They go in sorted order, in which neighbours share the most."""
-    rows = [Row(T)]
-    for i in sorted(requests, key=sequences.__getitem__):
-        if rows[-1].add(i, sequences[i], targets[i]):
-            continue
-        rows[-1].close()
-        rows.append(Row(T))
-        fits = rows[-1].add(i, sequences[i], targets[i])
-        assert fits, f"{len(sequences[i])} tokens do not fit a row of {T}"
-    rows[-1].close()
-    return rows
-
-
-class PackedRows(NamedTuple):
-    """Rows as arrays of int32, filled up to B rows of T tokens and B T scored places."""
-
-    tokens: np.ndarray  # (B, T)
-    depth: np.ndarray  # (B, T), as in Trie.create
-    end: np.ndarray  # (B, T), as in Trie.create
-    places: np.ndarray  # (B T,) indices into the B T tokens
-    targets: np.ndarray  # (B T,) tokens that are scored as what follows there
-
-
-def arrays(rows: list[Row], B: int) -> PackedRows:
-    """Return rows as arrays, with up to B - 1 empty rows. A token that fills up a row sees only
-    itself."""
-    T = rows[0].length
-    packed = PackedRows(
-        tokens=np.zeros((B, T), np.int32),
-        depth=np.zeros((B, T), np.int32),
-        end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
-        places=np.zeros(B * T, np.int32),
-        targets=np.zeros(B * T, np.int32),
-    )
-    count = 0
-    for b, row in enumerate(rows):
-        n = len(row.tokens)
-        packed.tokens[b, :n] = row.tokens
-        packed.depth[b, :n] = row.depth
-        packed.end[b, :n] = row.end
-        for scored in row.scored:
-            packed.places[count] = b * T + scored.place
-            packed.targets[count] = scored.target
-            count += 1
-    return packed
 
 
 @partial(jax.jit, static_argnums=0)
@@ -246,16 +92,6 @@ def score(
     return jax.lax.fori_loop(0, -(-count // chunk), score_chunk, empty)
 
 
-def row_lengths(longest: int) -> list[int]:
-    """Return the lengths that rows have, ascending; the last is `longest`, the model's context.
-
-    Few lengths, so that few shapes are compiled."""
-    lengths = [min(SHORTEST_ROW, longest)]
-    while lengths[-1] < longest:
-        lengths.append(min(2 * lengths[-1], longest))
-    return lengths
-
-
 @register_model("jax-nanogpt")
 class JAXNanoGPT(TemplateLM):
     """A GPT as lm-evaluation-harness drives it, also by name:
@@ -267,6 +103,8 @@ class JAXNanoGPT(TemplateLM):
         init_from: str | None = None,
         dtype: Dtype = "float32",
         batch_size: int | str = "auto",
+        cpu_kernels: Literal["auto", "off"] = "auto",
+        weights: Literal["int8"] | None = None,
     ):
         """lm-eval passes what a user wrote as model_args: paths and numbers may be strings."""
         super().__init__()
@@ -275,15 +113,26 @@ class JAXNanoGPT(TemplateLM):
             init_from=init_from,
             dtype=dtype,
             batch_size="auto" if batch_size == "auto" else int(batch_size),
+            cpu_kernels=cpu_kernels,
+            weights=weights,
         )
         self.model, self.text, self.name = open_model(config)
+        self.packing = choose_packing(dtype, weights, cpu_kernels)
+        self.engine_config = EngineConfig(cpu_kernels=cpu_kernels, weights=weights)
         self.max_length = self.model.config.block_size
         self.batch_size = config.batch_size
 
     @cached_property
     def engine(self) -> Engine:
         """The engine that generates. It is made, and compiled, for the first task that asks."""
-        return Engine(self.model, self.text)
+        return Engine(self.model, self.text, self.engine_config)
+
+    @cached_property
+    def scoring_model(self) -> GPT:
+        """The model that scores. It is packed for the native CPU kernels, where there are any."""
+        if self.packing is None:
+            return self.model
+        return self.model.for_inference(packing=self.packing)
 
     @property
     def eot_token_id(self) -> int | None:
@@ -356,7 +205,7 @@ class JAXNanoGPT(TemplateLM):
     def _score_rows(self, rows: list[Row]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield, for one batch of rows after the other, an entry for each token that is scored:
         its request, its log-probability, and whether it is the likeliest."""
-        graphdef, params = nnx.split(self.model)
+        graphdef, params = nnx.split(self.scoring_model)
         B = min(self.rows_at_a_time(rows[0].length), len(rows))
         for start in range(0, len(rows), B):
             batch = rows[start : start + B]
@@ -473,7 +322,14 @@ def main(config: EvalConfig) -> None:
     """Score the model on all tasks, write the results if asked for, and print their table."""
     names = config.tasks.split(",")
     manager = load_tasks(names, config.include_path)
-    lm = JAXNanoGPT(config.out_dir, config.init_from, config.dtype, config.batch_size)
+    lm = JAXNanoGPT(
+        config.out_dir,
+        config.init_from,
+        config.dtype,
+        config.batch_size,
+        config.cpu_kernels,
+        config.weights,
+    )
     results = lm_eval.simple_evaluate(
         lm,
         tasks=names,

@@ -464,7 +464,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic_tpu": mosaic_tpu,
 }
 
-
 NATIVE = "cpu"
 """Name of the native CPU kernel, cpu_kernels.paged_attention. It writes to the pool as well, so it
 is no entry of IMPLEMENTATIONS: see PagedKVCache.attend."""
@@ -480,15 +479,12 @@ def same_bits_in_any_shape(implementation: str) -> bool:
 def choose_implementation(
     name: str | None, cpu_kernels_switch: Literal["auto", "off"] = "auto"
 ) -> str:
-    """Return name, or the default for None. Raises UserError if there is none of that name, or
-    if it cannot be had here. cpu_kernels_switch: off for a user who wants no native code."""
+    """Return name, or the default for None. Raises UserError if it cannot be had here.
+
+    cpu_kernels_switch: off for a user who wants no native code."""
     name = name or default_implementation(cpu_kernels_switch)
-    known = ", ".join([*IMPLEMENTATIONS, NATIVE])
-    require(
-        name in IMPLEMENTATIONS or name == NATIVE,
-        f"attention={name}: there are {known}",
-        "attention",
-    )
+    known = [*IMPLEMENTATIONS, NATIVE]
+    require(name in known, f"attention={name}: there are {', '.join(known)}", "attention")
     if name == NATIVE:
         reason = cpu_kernels.unavailable_because(cpu_kernels_switch)
         require(reason is None, f"attention={name} cannot be had here: {reason}", "attention")

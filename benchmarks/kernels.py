@@ -5,7 +5,7 @@ Shapes: as in paged_attention.py; here B rows of one new token and `context` tok
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # loads JAX, which --help does without
     import jax
 
     from kernels.pallas import TritonSizes
+
+Pool = tuple["jax.Array", "jax.Array"]  # keys and values, see random_arguments
 
 CALLS = 12  # of attention in one run, as many as GPT-2 has layers
 RUNS = 10  # timed; their median counts
@@ -163,25 +165,47 @@ def seconds_per_call(name: str, sizes: "TritonSizes | None", arguments: "list[ja
     A run is CALLS calls; each takes the result of the one before as its queries, so that none can
     be left out or run beside another."""
     import jax
+
+    attend = one_call(name, sizes)
+
+    @partial(jax.jit, donate_argnums=1)
+    def run(q: jax.Array, pool: Pool, *batch: jax.Array) -> tuple[jax.Array, Pool]:
+        def next_call(_: int, q_and_pool: tuple[jax.Array, Pool]) -> tuple[jax.Array, Pool]:
+            return attend(*q_and_pool, *batch)
+
+        return jax.lax.fori_loop(0, CALLS, next_call, (q, pool))
+
+    q, *pages, block_tables, context_lens, new_lens = arguments
+    pool = tuple(pages)
+    seconds = []
+    for _ in range(1 + RUNS):
+        begin = time.perf_counter()
+        y, pool = run(q, pool, block_tables, context_lens, new_lens)
+        y.block_until_ready()
+        seconds.append((time.perf_counter() - begin) / CALLS)
+    return statistics.median(seconds[1:])  # the first one compiles
+
+
+def one_call(name: str, sizes: "TritonSizes | None") -> Callable:
+    """Return a function of q, the pool and the batch that returns y and the pool.
+
+    Native code writes the new tokens to the pool too: q, as their keys and their values."""
     import jax.numpy as jnp
 
-    from paged_attention import IMPLEMENTATIONS
+    from kernels import cpu_kernels
+    from paged_attention import IMPLEMENTATIONS, NATIVE
 
+    layer = jnp.int32(0)
     options = {} if sizes is None else {"sizes": sizes}
 
-    attend = partial(IMPLEMENTATIONS[name], layer=jnp.int32(0), scale=1.0, **options)
+    def attend(q: "jax.Array", pool: Pool, *batch: "jax.Array") -> "tuple[jax.Array, Pool]":
+        return IMPLEMENTATIONS[name](q, *pool, *batch, layer=layer, scale=1.0, **options), pool
 
-    @jax.jit
-    def run(q: jax.Array, *rest: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, CALLS, lambda _, q: attend(q, *rest), q)
+    def write_and_attend(q: "jax.Array", pool: Pool, *batch: "jax.Array"):
+        y, *pages = cpu_kernels.paged_attention(q, q, q, *pool, *batch, layer=layer, scale=1.0)
+        return y, tuple(pages)
 
-    run(*arguments).block_until_ready()  # compiles
-    seconds = []
-    for _ in range(RUNS):
-        begin = time.perf_counter()
-        run(*arguments).block_until_ready()
-        seconds.append((time.perf_counter() - begin) / CALLS)
-    return statistics.median(seconds)
+    return write_and_attend if name == NATIVE else attend
 
 
 def fastest(results: list[dict], rows: int) -> dict:

@@ -20,10 +20,12 @@ from benchmarks.contender import (
     take_turns,
 )
 from benchmarks.generation import BenchGenerateConfig, generate_requests, stream_requests
+from benchmarks.kernels import BenchKernelConfig, bench_kernel
 from benchmarks.serving import BenchServeConfig, Chunk, Completion, serve_requests
 from benchmarks.workload import Request, dense_utilization, padded_batches
 from config import GPTConfig, TrainConfig
 from errors import UserError
+from kernels import cpu_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,3 +240,17 @@ def test_bench_generate():
     assert 0 < report["kv_utilization"] <= 1
     assert "ratio" not in report  # products is a limit, no peer
     assert sum(report["products"]["calls"].values()) > 0
+
+
+@pytest.mark.parametrize("attention", ["cpu", "xla"])
+def test_time_of_attention(attention, capsys):
+    """Catches an implementation that cannot be timed, and the slowest called the best."""
+    if attention == "cpu" and cpu_kernels.unavailable_because() is not None:
+        pytest.skip(f"no native code: {cpu_kernels.unavailable_because()}")
+    config = BenchKernelConfig(
+        attention=attention, rows=(2,), context=20, n_head=2, head_dim=16, page_sizes=(4, 8)
+    )
+    best = bench_kernel(config)["best"][2]
+    printed = capsys.readouterr().out
+    assert printed.count("page_size") == 2
+    assert in_words(best) in printed

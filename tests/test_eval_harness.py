@@ -21,8 +21,10 @@ from lm_eval.tasks import TaskManager
 import eval_harness
 from config import EvalConfig
 from errors import UserError
-from eval_harness import JAXNanoGPT, Trie, arrays, pack, row_lengths
+from eval_harness import JAXNanoGPT
+from evaluation.tries import Trie, arrays, pack, row_lengths
 from formats import hugging_face
+from kernels import cpu_kernels
 
 EOT = "<|endoftext|>"
 TEXT = (
@@ -368,6 +370,28 @@ def test_program(directory, tasks, tmp_path, capsys, monkeypatch):
     assert results["config"]["model_args"]["limit"] == 5
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("acc_norm", "word_perplexity", str(directory)))
+
+
+@pytest.mark.parametrize(
+    "flags, packing, largest_difference",
+    [
+        ({"cpu_kernels": "off"}, None, 1e-4),
+        ({"weights": "int8"}, "int8", 0.5),
+        ({"dtype": "bfloat16"}, "bfloat16", 0.5),
+    ],
+)
+def test_flags_reach_the_scores(directory, ours, flags, packing, largest_difference):
+    """Catches flags of a CPU that are accepted and ignored, by scores or by the engine."""
+    reason = cpu_kernels.unavailable_because()
+    if reason is not None:
+        pytest.skip(f"no native code: {reason}")
+    args = [("the naive", " approach is the naive one"), ("", TEXT[:60])]
+    expected = np.array(ask(ours.loglikelihood, args), float)[:, 0]
+    other = JAXNanoGPT(init_from=str(directory), **flags)
+    differences = np.abs(np.array(ask(other.loglikelihood, args), float)[:, 0] - expected)
+    assert 0 < differences.max() < largest_difference
+    assert other.packing == packing
+    assert other.engine.runner.packing == packing
 
 
 def test_task_that_cannot_be_had(monkeypatch):
