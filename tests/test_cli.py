@@ -174,7 +174,7 @@ def test_a_wrong_unit_is_told_the_right_ones(text, capsys):
         ("eval_harness --out_dir=a --batch_size=x", "--batch_size: 'x' is not a whole number or"),
         ("bench generate --prompt_tokens 3", "needs 2 values: --prompt_tokens INT INT"),
         ("bench generate --prompt_tokens=3,4", "needs 2 values: --prompt_tokens INT INT"),
-        ("bench generate --peers vllm", "--peers: 'vllm' is not dense, transformers,"),
+        ("bench generate --peers vlm", "--peers: 'vlm' is not dense, transformers,"),
         # Words in the wrong place.
         ("train --n_layer=3 gpt2", "name a preset first, one of pystdlib_char, shakespeare_char,"),
         ("train", "name a preset first, one of"),
