@@ -60,7 +60,7 @@ class StepSize(NamedTuple):
     prefill_tokens: int
 
 
-CPU_STEP = StepSize(max_num_seqs=16, prefill_tokens=128)
+CPU_STEP = StepSize(max_num_seqs=32, prefill_tokens=256)
 ACCELERATOR_STEP = StepSize(max_num_seqs=256, prefill_tokens=2048)
 
 

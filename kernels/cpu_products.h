@@ -140,15 +140,21 @@ inline void add_slab(const typename Kind::Word* x, const uint8_t* w,
   }
 }
 
+inline Floats activate(const Product& p, Floats y) { return p.gelu_new ? gelu_new(y) : y; }
+
 // Write LANES columns of a row of y, or those of them that there are, with bias and activation.
 inline void finish(const Product& p, Floats y, int64_t row, int64_t column) {
   int64_t columns = std::min<int64_t>(p.N - column, LANES);
+  float* to = p.y + row * p.N + column;
+  if (columns == LANES) {  // a memcpy of unknown size is slow
+    if (p.bias) y += load<Floats>(p.bias + column);
+    return store(to, activate(p, y));
+  }
   if (columns <= 0) return;
   Floats bias{};
   if (p.bias) std::memcpy(&bias, p.bias + column, 4 * columns);
-  y += bias;
-  if (p.gelu_new) y = gelu_new(y);
-  std::memcpy(p.y + row * p.N + column, &y, 4 * columns);
+  y = activate(p, y + bias);
+  std::memcpy(to, &y, 4 * columns);
 }
 
 // Compute PANEL columns of a block of ROWS rows: the whole sum over K, in the order of K.
@@ -197,7 +203,6 @@ void ask_for_tiles() {
 // Compute PANEL columns of a block of up to 2 * TILE_ROWS rows. Tiles 0 to 3 hold sums, 4 and 5
 // inputs, 6 and 7 weights. Rows that a block has not are computed and left out.
 inline void multiply_tiles(const Product& p, const uint32_t* x, int64_t block, int64_t panel) {
-  constexpr int AHEAD = 16384, LEVEL_2 = 2;
   constexpr int HALF = SLAB / 2, W_STRIDE = 4 * PANEL, X_STRIDE = 4 * SLAB;  // words; bytes
   static const TileShapes SHAPES;
   _tile_loadconfig(&SHAPES);
@@ -208,7 +213,6 @@ inline void multiply_tiles(const Product& p, const uint32_t* x, int64_t block, i
   int64_t rows = p.rows(block);
   const uint8_t* w = p.weights + panel * p.slabs * SLAB * W_STRIDE;
   for (int64_t half = 0; half < 2 * p.slabs; half++, w += HALF * W_STRIDE) {
-    for (int i = 0; i < HALF * W_STRIDE; i += 64) __builtin_prefetch(w + AHEAD + i, 0, LEVEL_2);
     const uint32_t* inputs = x + half / 2 * rows * SLAB + half % 2 * HALF;
     _tile_loadd(6, w, W_STRIDE);
     _tile_loadd(7, w + W_STRIDE / 2, W_STRIDE);
