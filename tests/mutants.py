@@ -392,13 +392,19 @@ MUTANTS = [
         "values_ref.at[row, *head, i, d]",
         "values_ref.at[row, *head[::-1], i, d]",
     ),
-    Mutant("triton", "mask of another query", GROUPS, "token = query // G", "token = query % T"),
+    Mutant(
+        "triton",
+        "mask of another query",
+        GROUPS,
+        "lengths_ref.at[row, token]",
+        "lengths_ref.at[row, query % T]",
+    ),
     Mutant(
         "triton",
         "wrong query of the group",
         GROUPS,
-        "(query % G)[:, None]",
-        "((query + 1) % G)[:, None]",
+        "q = plgpu.load(q_ref.at[query_at]",
+        "q = plgpu.load(q_ref.at[row, token[:, None], head, (query + 1)[:, None] % G, d[None]]",
     ),
     Mutant(
         "mosaic_tpu",
