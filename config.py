@@ -29,6 +29,9 @@ class GPTConfig:
     """Number of blocks."""
     n_head: int = 12
     """Attention heads per block; must divide n_embd."""
+    n_kv_head: int | None = None
+    """Heads of keys and values, each read by n_head / n_kv_head heads of queries; default:
+    n_head."""
     n_embd: int = 768
     """Width of the residual stream."""
     dropout: float = 0.0
@@ -64,6 +67,12 @@ class GPTConfig:
             f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}",
             param="n_embd",
         )
+        require_at_least(self, 1, "n_kv_head")
+        require(
+            self.n_head % self.kv_heads == 0,
+            f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}",
+            param="n_kv_head",
+        )
         require_fraction(self, "dropout")
         cudnn_runs = self.dtype == "bfloat16" and self.dropout == 0
         require(
@@ -82,6 +91,11 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Width of a head."""
         return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; n_head / kv_heads heads of queries read each."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     def num_params(self, embeddings: bool = True) -> int:
         """Return the number of parameters, without the padding of the vocabulary.

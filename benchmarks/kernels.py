@@ -40,6 +40,8 @@ class BenchKernelConfig:
     """tokens of each"""
     n_head: int = 12
     """attention heads"""
+    n_kv_head: Annotated[int | None, default_is("n_head")] = None
+    """heads of keys and values, each read by n_head / n_kv_head heads of queries"""
     head_dim: int = 64
     """numbers in a head's query, key or value"""
     dtype: Dtype = "bfloat16"
@@ -55,10 +57,20 @@ class BenchKernelConfig:
 
     def __post_init__(self):
         require_at_least(self, 1, "context", "n_head", "head_dim")
+        self.model()  # checks n_kv_head
         for name in ("rows", "page_sizes", "splits", "tiles", "warps"):
             values = getattr(self, name)
             are_positive = bool(values) and min(values) >= 1
             require(are_positive, f"{name}={values} must be one or more numbers above 0", name)
+
+    def model(self) -> GPTConfig:
+        """Return the shape of a model of one layer that attends so."""
+        return GPTConfig(
+            n_layer=1,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            n_embd=self.n_head * self.head_dim,
+        )
 
 
 class Variant(NamedTuple):
@@ -112,7 +124,7 @@ def measure(config: BenchKernelConfig, name: str, variant: Variant) -> dict:
     """Return a variant's microseconds per call, and the GB/s at which it reads keys and values."""
     arguments = random_arguments(config, name, variant)
     seconds = seconds_per_call(name, variant.sizes, arguments)
-    numbers_read = 2 * variant.rows * config.context * config.n_head * config.head_dim
+    numbers_read = 2 * variant.rows * config.context * config.model().kv_heads * config.head_dim
     bytes_read = numbers_read * arguments[1].itemsize
     sizes = {}
     if variant.sizes is not None:
@@ -136,20 +148,22 @@ def random_arguments(config: BenchKernelConfig, name: str, variant: Variant) -> 
     The pages of a row lie anywhere in the pool, which has the layout of implementation `name`."""
     import jax.numpy as jnp
 
-    from paged_attention import pool_dtype, pool_shape, to_dtype
+    from kernels.xla_attention import pool_dtype, to_dtype
+    from paged_attention import pool_shape
 
     rng = np.random.default_rng(0)
     B = variant.rows
     pages_per_row = -(-config.context // variant.page_size)
     pages = 1 + B * pages_per_row  # page 0 is the null page
-    model = GPTConfig(n_layer=1, n_head=config.n_head, n_embd=config.n_head * config.head_dim)
+    model = config.model()
     shape = pool_shape(model, pages, variant.page_size, name)
     block_tables = 1 + rng.permutation(pages - 1).reshape(B, pages_per_row)
     pools = [
         to_dtype(jnp.asarray(rng.standard_normal(shape, np.float32)), pool_dtype(config.dtype))
         for _ in ("keys", "values")
     ]
-    q = rng.standard_normal((B, 1, config.n_head, config.head_dim), np.float32)
+    groups = (B, 1, model.kv_heads, model.n_head // model.kv_heads, model.head_dim)
+    q = rng.standard_normal(groups, np.float32)
     return [
         jnp.asarray(q),
         *pools,
@@ -189,7 +203,8 @@ def seconds_per_call(name: str, sizes: "TritonSizes | None", arguments: "list[ja
 def one_call(name: str, sizes: "TritonSizes | None") -> Callable:
     """Return a function of q, the pool and the batch that returns y and the pool.
 
-    Native code writes the new tokens to the pool too: q, as their keys and their values."""
+    Native code writes the new tokens to the pool too: the first query of each group, as their keys
+    and their values."""
     import jax.numpy as jnp
 
     from kernels import cpu_kernels
@@ -202,8 +217,12 @@ def one_call(name: str, sizes: "TritonSizes | None") -> Callable:
         return IMPLEMENTATIONS[name](q, *pool, *batch, layer=layer, scale=1.0, **options), pool
 
     def write_and_attend(q: "jax.Array", pool: Pool, *batch: "jax.Array"):
-        y, *pages = cpu_kernels.paged_attention(q, q, q, *pool, *batch, layer=layer, scale=1.0)
-        return y, tuple(pages)
+        heads = q.reshape(len(q), 1, -1, q.shape[-1])  # (B, 1, H, D)
+        first = q[:, :, :, 0]  # (B, 1, KV, D)
+        y, *pages = cpu_kernels.paged_attention(
+            heads, first, first, *pool, *batch, layer=layer, scale=1.0
+        )
+        return y.reshape(q.shape), tuple(pages)
 
     return write_and_attend if name == NATIVE else attend
 

@@ -1,8 +1,8 @@
 """What the tests of attention over pages kill: python tests/mutants.py
 
-Applies each mutant below to the source of paged_attention.py or kernels/pallas.py, runs one test of
-test_paged_attention.py on it, prints a table, and exits with 1 if a mutant survives. Start reading
-at MUTANTS, then at `survives`.
+Applies each mutant below to the source of a file of FILES, runs one test of test_paged_attention.py
+on it, prints a table, and exits with 1 if a mutant survives. Start reading at MUTANTS, then at
+`survives`.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_paged_attention as tests  # noqa: E402 - found on the path set above
 
-FILES = ("kernels.pallas", "paged_attention")  # modules to mutate; the second imports the first
+# Modules to mutate; each may import those before it.
+FILES = ("kernels.softmax_sums", "kernels.pallas", "kernels.xla_attention", "paged_attention")
 
 
 class Mutant(NamedTuple):
@@ -51,7 +52,23 @@ def check_prefill(name: str) -> None:
 
 
 def check_bits(name: str) -> None:
-    tests.test_same_bits(name, 1)
+    tests.test_same_bits(name, 1, 1)
+
+
+def check_groups(name: str) -> None:
+    """Three groups of three, so that axes exchanged by mistake still fit each other.
+
+    In chunks, in which each query of a group has a mask of its own."""
+    run_groups(name, is_decode=False)
+
+
+def check_decode_groups(name: str) -> None:
+    run_groups(name, is_decode=True)
+
+
+def run_groups(name: str, *, is_decode: bool) -> None:
+    with contextlib.redirect_stdout(Captured()) as captured:
+        tests.test_groups(name, 9, 3, 64, "float32", is_decode, captured)
 
 
 def check_cache(name: str) -> None:
@@ -59,7 +76,15 @@ def check_cache(name: str) -> None:
 
 
 DECODE, PREFILL, BITS, CACHE = "decode", "prefill", "bits", "cache"
-CHECKS = {DECODE: check_decode, PREFILL: check_prefill, BITS: check_bits, CACHE: check_cache}
+GROUPS, DECODE_GROUPS = "groups", "groups1"
+CHECKS = {
+    DECODE: check_decode,
+    PREFILL: check_prefill,
+    BITS: check_bits,
+    CACHE: check_cache,
+    GROUPS: check_groups,
+    DECODE_GROUPS: check_decode_groups,
+}
 
 MUTANTS = [
     Mutant(
@@ -77,7 +102,7 @@ MUTANTS = [
     ),
     Mutant("reference", "wrong layer", DECODE, "_pages[layer]", "_pages[0]"),
     Mutant(
-        "reference", "heads taken for positions", DECODE, ".swapaxes(2, 3)  # (B, M, P, H, D)", ""
+        "reference", "heads taken for positions", DECODE, ".swapaxes(2, 3)  # (B, M, P, KV, D)", ""
     ),
     Mutant(
         "reference",
@@ -87,9 +112,13 @@ MUTANTS = [
         "v = v",
     ),
     Mutant(
-        "reference", "padding attends", DECODE, "jnp.where(is_real[..., None, None], y, 0)", "y"
+        "reference",
+        "padding attends",
+        DECODE,
+        "jnp.where(is_real[..., None, None, None], y, 0)",
+        "y",
     ),
-    Mutant("reference", "zero output", DECODE, 'y = einsum("bhts', 'y = 0 * einsum("bhts'),
+    Mutant("reference", "zero output", DECODE, 'y = dot("bkgts', 'y = 0 * dot("bkgts'),
     Mutant(
         "reference",
         "unscaled scores",
@@ -136,15 +165,15 @@ MUTANTS = [
         "xla",
         "no causal mask in a chunk",
         PREFILL,
-        "length = length[order, None, :, None]",
-        "length = length.max(1, keepdims=True)[order, None, :, None]",
+        "jnp.repeat(length[order], G, axis=1)",
+        "jnp.repeat(jnp.repeat(length.max(1, keepdims=True), T, 1)[order], G, axis=1)",
     ),
     Mutant(
         "xla",
         "K and V swapped",
         DECODE,
-        "return k.reshape(rows, H, -1, D), v.reshape(rows, H, -1, D)",
-        "return v.reshape(rows, H, -1, D), k.reshape(rows, H, -1, D)",
+        "return k.reshape(rows, KV, -1, D), v.reshape(rows, KV, -1, D)",
+        "return v.reshape(rows, KV, -1, D), k.reshape(rows, KV, -1, D)",
     ),
     Mutant(
         "xla",
@@ -216,8 +245,8 @@ MUTANTS = [
         "triton",
         "K and V swapped",
         DECODE,
-        "k_ref: Ref,  # (L, N, H, P, D)\n    v_ref: Ref,",
-        "v_ref: Ref,  # (L, N, H, P, D)\n    k_ref: Ref,",
+        "k_ref: Ref,  # (L, N, KV, P, D)\n    v_ref: Ref,",
+        "v_ref: Ref,  # (L, N, KV, P, D)\n    k_ref: Ref,",
     ),
     Mutant(
         "triton",
@@ -244,8 +273,8 @@ MUTANTS = [
         "triton",
         "partial sums in bfloat16",
         DECODE,
-        "split, d], sums.values, mask",
-        "split, d], sums.values.astype(jnp.bfloat16).astype(jnp.float32), mask",
+        "split, at_d], sums.values, mask",
+        "split, at_d], sums.values.astype(jnp.bfloat16).astype(jnp.float32), mask",
     ),
     Mutant(
         "triton",
@@ -258,8 +287,8 @@ MUTANTS = [
         "triton",
         "scale applied twice",
         PREFILL,
-        'dot("td,pd->tp", q, k) * scale',
-        'dot("td,pd->tp", q, k) * scale * scale',
+        'dot("qd,pd->qp", q.astype(k.dtype), k) * scale',
+        'dot("qd,pd->qp", q.astype(k.dtype), k) * scale * scale',
     ),
     Mutant(
         "triton",
@@ -272,8 +301,8 @@ MUTANTS = [
         "triton",
         "second tile of queries is the first",
         PREFILL,
-        "token = pl.program_id(2) * tile_size + ",
-        "token = ",
+        "query = pl.program_id(2) * tile_size + ",
+        "query = ",
     ),
     Mutant(
         "mosaic_tpu",
@@ -305,6 +334,105 @@ MUTANTS = [
         DECODE,
         "pl.when(page * P < stop)",
         "pl.when(page * P + P < stop)",
+    ),
+    Mutant("reference", "group's axes exchanged", GROUPS, '"btkgd,bskd->', '"btgkd,bskd->'),
+    Mutant(
+        "xla",
+        "wrong group's head",
+        GROUPS,
+        "+ jnp.arange(KV)[:, None]",
+        "+ jnp.zeros((KV, 1), int)",
+    ),
+    Mutant(
+        "xla",
+        "mask of another query",
+        GROUPS,
+        "jnp.repeat(length[order], G, axis=1)",
+        "jnp.tile(length[order], (1, G))",
+    ),
+    Mutant(
+        "xla",
+        "group's axes exchanged",
+        GROUPS,
+        "reshape(B, KV, T, G, D)",
+        "reshape(B, KV, T, G, D).swapaxes(1, 3)",
+    ),
+    Mutant(
+        "xla",
+        "groups dealt out in turn",
+        CACHE,
+        "q.reshape(B, T, KV, -1, D)",
+        "q.reshape(B, T, -1, KV, D).swapaxes(2, 3)",
+    ),
+    Mutant(
+        "triton",
+        "page of the wrong head",
+        DECODE_GROUPS,
+        "at = layer, page[:, None], head,",
+        "at = layer, page[:, None], 0,",
+    ),
+    Mutant(
+        "triton",
+        "first query for the whole group",
+        DECODE_GROUPS,
+        "plgpu.load(q_ref.at[row, head, at_g, at_d]",
+        "plgpu.load(q_ref.at[row, head, 0 * at_g, at_d]",
+    ),
+    Mutant(
+        "triton",
+        "group and heads exchanged",
+        DECODE_GROUPS,
+        "plgpu.load(q_ref.at[row, head, at_g, at_d]",
+        "plgpu.load(q_ref.at[row, at_g, head, at_d]",
+    ),
+    Mutant(
+        "triton",
+        "another query's sums merged",
+        DECODE_GROUPS,
+        "values_ref.at[row, *head, i, d]",
+        "values_ref.at[row, *head[::-1], i, d]",
+    ),
+    Mutant(
+        "triton",
+        "mask of another query",
+        GROUPS,
+        "lengths_ref.at[row, token]",
+        "lengths_ref.at[row, query % T]",
+    ),
+    Mutant(
+        "triton",
+        "wrong query of the group",
+        GROUPS,
+        "q = plgpu.load(q_ref.at[query_at]",
+        "q = plgpu.load(q_ref.at[row, token[:, None], head, (query + 1)[:, None] % G, d[None]]",
+    ),
+    Mutant(
+        "mosaic_tpu",
+        "another token's mask",
+        GROUPS,
+        "queries_per_token=side_by_side * q.shape[3]",
+        "queries_per_token=side_by_side",
+    ),
+    Mutant(
+        "mosaic_tpu",
+        "lanes of the wrong head",
+        DECODE_GROUPS,
+        "jnp.eye(n, dtype=q.dtype)[:, None, :, None]",
+        "jnp.eye(n, dtype=q.dtype)[::-1, None, :, None]",
+    ),
+    Mutant(
+        "mosaic_tpu",
+        "result for the head beside",
+        DECODE_GROUPS,
+        '"bhtngnd->bthngd", y)',
+        '"bhtngnd->bthngd", y[:, :, :, :, :, ::-1])',
+    ),
+    Mutant(
+        "mosaic_tpu",
+        "group's axes exchanged",
+        DECODE_GROUPS,
+        "q = q.reshape(B, T, pool_heads, n, G, 1, D)",
+        "q = q.swapaxes(2, 3).reshape(B, T, pool_heads, n, G, 1, D)",
     ),
 ]
 

@@ -248,7 +248,13 @@ def test_time_of_attention(attention, capsys):
     if attention == "cpu" and cpu_kernels.unavailable_because() is not None:
         pytest.skip(f"no native code: {cpu_kernels.unavailable_because()}")
     config = BenchKernelConfig(
-        attention=attention, rows=(2,), context=20, n_head=2, head_dim=16, page_sizes=(4, 8)
+        attention=attention,
+        rows=(2,),
+        context=20,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=16,
+        page_sizes=(4, 8),
     )
     best = bench_kernel(config)["best"][2]
     printed = capsys.readouterr().out
