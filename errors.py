@@ -54,6 +54,14 @@ def require_fraction(config: Any, *names: str) -> None:
         require(0 <= value < 1, f"{name}={value} must be in [0, 1)", param=name)
 
 
+def read_text(path: Path, param: str | None = None) -> str:
+    """Return the text of a UTF-8 file that a user has named. Raises UserError if it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: convert it first, with iconv", param) from error
+
+
 @contextlib.contextmanager
 def about_file(path: Path) -> Iterator[None]:
     """Inside, an OSError names the file: the system does so where one is opened, but not later."""

@@ -174,7 +174,7 @@ def test_a_wrong_unit_is_told_the_right_ones(text, capsys):
         ("eval_harness --out_dir=a --batch_size=x", "--batch_size: 'x' is not a whole number or"),
         ("bench generate --prompt_tokens 3", "needs 2 values: --prompt_tokens INT INT"),
         ("bench generate --prompt_tokens=3,4", "needs 2 values: --prompt_tokens INT INT"),
-        ("bench generate --peers vllm", "--peers: 'vllm' is not dense, transformers,"),
+        ("bench generate --peers vlm", "--peers: 'vlm' is not dense, transformers,"),
         # Words in the wrong place.
         ("train --n_layer=3 gpt2", "name a preset first, one of pystdlib_char, shakespeare_char,"),
         ("train", "name a preset first, one of"),
@@ -243,10 +243,20 @@ def test_a_mistake_while_running_is_one_sentence(error, sentence, capsys):
     assert capsys.readouterr().err.endswith(f": {sentence}\n")
 
 
-def test_a_bug_keeps_its_traceback():
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ZeroDivisionError(),
+        ValueError("operands could not be broadcast together"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "of a file that nobody has named"),
+        OSError(5, "Input/output error"),  # of no file
+    ],
+)
+def test_a_bug_keeps_its_traceback(bug):
     """Catches a fault of the program's own that is told as if it were the user's."""
-    with pytest.raises(ZeroDivisionError), cli.user_errors():
-        raise ZeroDivisionError
+    with pytest.raises(type(bug)) as error, cli.user_errors():
+        raise bug
+    assert error.value is bug
 
 
 # Help.
