@@ -120,6 +120,23 @@ def test_restored_bits_are_the_saved_ones(run_dir, state):
     assert resume(run_dir, abstract, state) == (30, [])
 
 
+def test_a_record_of_before_skipped_updates_were_counted(copy, state):
+    """Catches a checkpoint that is refused, or a count that is made up, where the record has
+    none; and one that is not restored where it has."""
+    opened = Checkpoints(copy)
+    opened.save(at_step(state, 40), None, skipped_in_a_row=7)
+    opened.close()
+    for expected in (7, 0):
+        opened = Checkpoints(copy)
+        opened.restore(state)
+        opened.close()
+        assert opened.skipped_in_a_row == expected
+        file = copy / "checkpoints" / "40" / "record" / "metadata"
+        record = read_sealed(file)
+        record.pop("skipped_in_a_row", None)
+        file.write_text(json.dumps(seal(record)))
+
+
 def test_a_resumed_run_saves_what_it_was_given(copy, state):
     """Catches a checkpoint set aside that keeps its step from being saved again, or is lost when
     that is damaged once more."""
