@@ -93,6 +93,7 @@ class Sampling:
 
     seed: jax.Array  # (B, 2) uint32
     settings: dict[str, jax.Array]  # of sampling.draw_settings, (B,) each
+    draws: jax.Array  # () bool
     restricts: jax.Array  # () bool
 
     @classmethod
@@ -105,6 +106,7 @@ class Sampling:
         return cls(
             seed=jnp.array([seed_words(seed + b) for b in range(rows)]),
             settings={name: jnp.full(rows, value) for name, value in settings.items()},
+            draws=jnp.array(params.temperature > 0),
             restricts=jnp.array(params.restricts),
         )
 
@@ -115,6 +117,7 @@ class Sampling:
             self.seed,
             jnp.zeros_like(position),  # each row is the first sample of its seed
             position,
+            draws=self.draws,
             restricts=self.restricts,
             **self.settings,
         )

@@ -23,6 +23,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from config import EngineConfig, GPTConfig
+from kernels import cpu_kernels, cpu_memory
 from kernels.cpu_kernels import choose_packing
 from model import GPT, Params
 from paged_attention import (
@@ -102,28 +103,29 @@ def model_step(
     last = x[row, jnp.maximum(new_len[row], 1) - 1]  # (S, C)
     sample_position = context_len[row] + new_len[row]  # (S,)
     logits = model.logits(last[:, None])[:, 0]  # (S, V)
-    token = sample_tokens(logits, slots, sample_slot, sample_position, needs)
-    scores = score_samples(logits, token, needs)
+    is_native = packing is not None
+    token = sample_tokens(logits, slots, sample_slot, sample_position, needs, is_native)
+    scores = score_samples(logits, token, needs, is_native)
     prompt_scores = None
     if T > 1:
         next_token = slots.tokens[rows[:, :1], position + 1]
-        score = partial(score_prompts, model)
+        score = partial(score_prompts, model, is_native)
         prompt_scores = compute_if(needs.prompt_logprobs, score, x, next_token)
     tokens = slots.tokens.at[sample_slot, sample_position].set(token)
     slots = dataclasses.replace(slots, tokens=tokens)
     return (cache.k_pages, cache.v_pages), slots, Sampled(token, scores, prompt_scores)
 
 
-def score_samples(logits: jax.Array, token: jax.Array, needs: StepNeeds) -> Scores:
+def score_samples(logits: jax.Array, token: jax.Array, needs: StepNeeds, is_native: bool) -> Scores:
     """logits (S, V), token (S,) -> Scores, whose ranks and alternatives are 0 unless some row needs
-    them."""
-    normalizer = log_normalizer(logits)
+    them. is_native: see log_normalizer."""
+    normalizer = log_normalizer(logits, is_native)
     logprob = logprob_of(token, logits, normalizer)
     rank = compute_if(needs.ranks, rank_of, token, logits)
     return Scores(logprob, rank, *compute_if(needs.top_logprobs, likeliest, logits, normalizer))
 
 
-def score_prompts(model: GPT, x: jax.Array, next_token: jax.Array) -> Scores:
+def score_prompts(model: GPT, is_native: bool, x: jax.Array, next_token: jax.Array) -> Scores:
     """x (R, T, C), next_token (R, T) -> Scores (R, T, ...) of these tokens, and of the likeliest.
 
     Tile by tile, so that logits exist for one page of tokens at a time."""
@@ -131,15 +133,17 @@ def score_prompts(model: GPT, x: jax.Array, next_token: jax.Array) -> Scores:
     def score_tile(x_and_token: tuple[jax.Array, jax.Array]) -> Scores:
         x, token = x_and_token
         logits = model.logits(x[None])[0]  # (T, V)
-        normalizer = log_normalizer(logits)
+        normalizer = log_normalizer(logits, is_native)
         logprob = logprob_of(token, logits, normalizer)
         return Scores(logprob, rank_of(token, logits), *likeliest(logits, normalizer))
 
     return jax.lax.map(score_tile, (x, next_token))
 
 
-def log_normalizer(logits: jax.Array) -> jax.Array:
-    """(..., V) -> (..., 1): what log softmax subtracts."""
+def log_normalizer(logits: jax.Array, is_native: bool) -> jax.Array:
+    """(N, V) -> (N, 1): what log softmax subtracts. is_native: computed by native CPU code."""
+    if is_native:
+        return cpu_kernels.log_sum_exp(logits)[:, None]
     return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -155,7 +159,7 @@ def rank_of(token: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def likeliest(logits: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """logits (..., V), normalizer (..., 1) -> logprobs and ids (..., K) of the likeliest tokens."""
+    """logits (N, V), normalizer (N, 1) -> logprobs and ids (N, K) of the likeliest tokens."""
     largest, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     return largest - normalizer, ids
 
@@ -269,6 +273,9 @@ class ModelRunner:
         unstacked = model.for_inference(packing=self.packing)
         self.params = jax.device_put(unstacked.params(), self.device)
         self.pool: Pool = jax.device_put((cache.k_pages, cache.v_pages), self.device)
+        if jax.default_backend() == "cpu":
+            cpu_memory.keep_freed_memory()
+            cpu_memory.use_huge_pages(jax.tree.leaves((self.params, self.pool)))
         self.slots = self._empty_slots()
         # Pages of preempted sequences. Those of `leaving` are on their way to host memory.
         self.swapped: dict[SampleKey, list[Pool]] = {}

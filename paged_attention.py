@@ -491,7 +491,7 @@ def choose_implementation(
     return name
 
 
-def default_implementation(cpu_kernels_switch: Literal["auto", "off"]) -> str:
+def default_implementation(cpu_kernels_switch: Literal["auto", "off"] = "auto") -> str:
     """Return the implementation for this process's devices."""
     is_native = cpu_kernels.unavailable_because(cpu_kernels_switch) is None
     on_cpu = NATIVE if is_native else "xla"

@@ -21,6 +21,7 @@ from jax.extend.random import threefry_2x32
 
 from config import GPTConfig
 from errors import UserError
+from kernels import cpu_kernels
 from sequence import MAX_BAD_TOKENS, MAX_BIASES, SamplingParams, Sequence
 from tokenizer import Tokenizer
 
@@ -69,6 +70,7 @@ class StepNeeds(NamedTuple):
 
     adjusts: bool  # biases or penalties: see SamplingParams.adjusts
     bans: bool  # allowed_token_ids or bad_words: see SamplingParams.bans
+    draws: bool  # a temperature above 0
     restricts: bool  # top_k, top_p or min_p: see SamplingParams.restricts
     ranks: bool  # the rank of the sampled token
     top_logprobs: bool  # the likeliest tokens beside the sampled one
@@ -81,6 +83,7 @@ class StepNeeds(NamedTuple):
         return cls(
             adjusts=any(p.adjusts for p in params),
             bans=any(p.bans for p in params),
+            draws=any(p.temperature > 0 for p in params),
             restricts=any(p.restricts for p in params),
             ranks=any(p.logprobs is not None for p in params),
             top_logprobs=any(bool(p.logprobs) for p in params),
@@ -217,7 +220,12 @@ def seed_words(seed: int) -> np.ndarray:
 
 
 def sample_tokens(
-    logits: jax.Array, slots: Slots, slot: jax.Array, length: jax.Array, needs: StepNeeds
+    logits: jax.Array,
+    slots: Slots,
+    slot: jax.Array,
+    length: jax.Array,
+    needs: StepNeeds,
+    is_native: bool = False,
 ) -> jax.Array:
     """Sample the next token of the sequences in slot (S,), whose lengths are length (S,).
 
@@ -241,7 +249,9 @@ def sample_tokens(
         top_k=slots.top_k[slot],
         top_p=slots.top_p[slot],
         min_p=slots.min_p[slot],
+        draws=needs.draws,
         restricts=needs.restricts,
+        is_native=is_native,
     )
 
 
@@ -255,7 +265,9 @@ def draw(
     top_k: jax.Array,
     top_p: jax.Array,
     min_p: jax.Array,
+    draws: jax.Array | bool,
     restricts: jax.Array | bool,
+    is_native: bool = False,
 ) -> jax.Array:
     """Draw one token a row from softmax(logits / temperature) after top_k, top_p and min_p.
 
@@ -264,17 +276,25 @@ def draw(
 
     logits (S, V) float32; seed (S, 2) uint32, see seed_words; index (S,), which of the samples of
     one prompt this is; position (S,), how many tokens the row has; temperature, top_p and min_p
-    (S,) float32; top_k (S,) int32, V to keep all. restricts: whether any row uses top_k, top_p or
-    min_p, which are skipped otherwise. Returns (S,) int32."""
+    (S,) float32; top_k (S,) int32, V to keep all. draws: whether any row has a temperature above 0;
+    restricts: whether any uses top_k, top_p or min_p: both are skipped otherwise. is_native: see
+    sample_tokens. Returns (S,) int32."""
+    find_largest = cpu_kernels.first_largest if is_native else first_largest
+    likeliest = find_largest(logits)
     greedy = temperature == 0
-    scaled = logits / jnp.where(greedy, 1, temperature)[:, None]
 
     def restricted(scaled: jax.Array) -> jax.Array:
         return restrict_logits(scaled, top_k, top_p, min_p)
 
-    scaled = jax.lax.cond(restricts, restricted, unchanged, scaled)
-    drawn = invert_cumulative(scaled, uniform_pair(seed, index, position))
-    return jnp.where(greedy, first_largest(logits), drawn)
+    def drawn(logits: jax.Array) -> jax.Array:
+        scaled = logits / jnp.where(greedy, 1, temperature)[:, None]
+        scaled = jax.lax.cond(restricts, restricted, unchanged, scaled)
+        return invert_cumulative(scaled, uniform_pair(seed, index, position))
+
+    def undrawn(logits: jax.Array) -> jax.Array:
+        return likeliest
+
+    return jnp.where(greedy, likeliest, jax.lax.cond(draws, drawn, undrawn, logits))
 
 
 def unchanged(logits: jax.Array) -> jax.Array:

@@ -39,7 +39,8 @@ from errors import require
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cc")
-HEADERS = ("cpu_threads.h", "cpu_vectors.h")  # beside the source
+HEADERS = ("cpu_attention.h", "cpu_products.h", "cpu_rows.h", "cpu_threads.h", "cpu_vectors.h")
+HANDLERS = ("product", "paged_attention", "first_largest", "log_sum_exp")  # of the source
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
 CACHE_FOLDER = "jax-nanogpt-vllm"
@@ -73,6 +74,10 @@ class Library:
     product: str
     """name of the XLA target"""
     paged_attention: str
+    """name of the XLA target"""
+    first_largest: str
+    """name of the XLA target"""
+    log_sum_exp: str
     """name of the XLA target"""
     panel: int
     """columns of weights that lie together"""
@@ -208,19 +213,12 @@ def load(path: Path, digest: str) -> Library:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"the build cannot be loaded: {error}") from error
-    functions.start_threads(number_of_cores() - 1)
-    targets = Library(
-        product=f"nanogpt_product_{digest}",
-        paged_attention=f"nanogpt_paged_attention_{digest}",
-        panel=functions.panel_columns(),
-    )
-    handlers = {
-        targets.product: functions.product_handler,
-        targets.paged_attention: functions.paged_attention_handler,
-    }
-    for name, handler in handlers.items():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return targets
+    functions.start(number_of_cores() - 1)
+    targets = {name: f"nanogpt_{name}_{digest}" for name in HANDLERS}
+    for name, target in targets.items():
+        handler = jax.ffi.pycapsule(getattr(functions, f"{name}_handler"))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return Library(**targets, panel=functions.panel_columns())
 
 
 # --- Products ------------------------------------------------------------------------------------
@@ -389,3 +387,24 @@ def paged_attention(
     scale = D**-0.5 if scale is None else scale
     y, k_pages, v_pages = attend(*new_tokens, k_pages, v_pages, *integers, scale=np.float32(scale))
     return y, k_pages, v_pages
+
+
+# --- Rows of logits ------------------------------------------------------------------------------
+
+
+def first_largest(x: jax.Array) -> jax.Array:
+    """Return where the first of the largest numbers of each row of x (M, n) float32 is: (M,) int32.
+
+    A row of nothing but NaN has its last place."""
+    return jax.ffi.ffi_call(library().first_largest, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32))(
+        x
+    )
+
+
+def log_sum_exp(x: jax.Array) -> jax.Array:
+    """Return log(sum(exp(x))) of each row of x (M, n) float32: (M,) float32.
+
+    A row's bits depend on nothing but the row."""
+    return jax.ffi.ffi_call(library().log_sum_exp, jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))(
+        x
+    )

@@ -17,6 +17,8 @@
 
 namespace {
 
+constexpr int64_t PARALLEL_WORK = 1 << 18;  // multiplications; for fewer, threads do not pay
+
 // Tasks 0 to count - 1. Threads take the next one that nobody has taken.
 struct Job {
   int64_t count;

@@ -1,9 +1,13 @@
 // Registers of float32 numbers, and what cpu_kernels.cc computes with them.
 //
-// Written in the vector extensions of GCC and Clang, which know every CPU; cpu_kernels.cc adds
+// Written in the vector extensions of GCC and Clang, which know every CPU; cpu_products.h adds
 // intrinsics where a CPU has an instruction for which the extensions have no word.
 
 #pragma once
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -26,10 +30,17 @@ constexpr int LANES = 4, MAX_ROWS = 6;
 #define ODD_LANES 1, 3, 5, 7
 #endif
 
+#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#define CODE_FOR_TILES 1
+#else
+#define CODE_FOR_TILES 0
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
 
 // Copy a vector, or the bits of a number, from memory of any alignment.
@@ -84,6 +95,13 @@ inline Floats gelu_new(Floats x) {
 inline float from_bfloat16(uint16_t half) {
   uint32_t bits = uint32_t(half) << 16;
   return load<float>(&bits);
+}
+
+// Convert the bits of n bfloat16 numbers, a multiple of LANES.
+inline void widen(const uint16_t* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    store(to + i, (Floats)(__builtin_convertvector(load<Halves>(from + i), Words) << 16));
+  }
 }
 
 // Return number i of an array of float32, or of the bits of bfloat16.

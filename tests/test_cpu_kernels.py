@@ -30,7 +30,8 @@ from kernels import cpu_kernels as ck
 ROOT = Path(__file__).parents[1]
 DIALECTS = {
     "native": (),
-    "no_bf16_vnni": ("-mno-avx512bf16", "-mno-avx512vnni"),
+    "no_tiles": ("-mno-amx-bf16",),
+    "no_bf16_vnni": ("-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512vnni"),
     "no_avx512": ("-mno-avx512f",),
     "plain": ("-march=x86-64",),
 }

@@ -36,7 +36,7 @@ MODEL = GPTConfig(block_size=64, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
 ENGINE = EngineConfig(page_size=4, kv_blocks=51, max_num_seqs=1, prefill_tokens=32)
 TOKENIZER = CharTokenizer("".join(map(chr, range(32, 127))) + "\näöüß")  # V characters
 sample_tokens_jit = jax.jit(sample_tokens)
-NOTHING = StepNeeds.of([], prompt_logprobs=False)
+NOTHING = StepNeeds.of([], prompt_logprobs=False)._replace(draws=True)
 PROMPT = 12  # tokens of the prompts of sequences that have new tokens too
 
 
@@ -333,6 +333,7 @@ def test_every_part_of_the_address_changes_the_token():
             top_k=jnp.full(n, V),
             top_p=jnp.ones(n),
             min_p=jnp.zeros(n),
+            draws=True,
             restricts=False,
         )
 
