@@ -230,7 +230,12 @@ class HFTokenizer(Tokenizer):
         )
         from transformers import AutoTokenizer  # here, because its import takes seconds
 
-        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:
+            hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the two libraries raise exceptions of many classes
+            raise UserError(
+                f"the tokenizer in {directory} cannot be read: {first_line(error)}"
+            ) from error
         return cls(hf.backend_tokenizer.to_str(), hf.eos_token_id)
 
     def encode(self, text: str) -> list[int]:

@@ -169,6 +169,14 @@ def test_a_damaged_meta_is_one_sentence(meta, words, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_of_a_directory_is_named(content, tmp_path):
+    """Catches a library's exception, of whatever class, that does not say which directory."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"^the tokenizer in {re.escape(str(tmp_path))} cannot"):
+        HFTokenizer.from_directory(tmp_path)
+
+
 def test_ids_out_of_range_in_a_meta(hf, tmp_path):
     """Catches an end of text that no model has, which would end nothing, and a tokenizer whose ids
     the model does not have."""
