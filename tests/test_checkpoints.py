@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import Checkpoint, DamagedCheckpoint, read_run
+from checkpoints import Checkpoint, DamagedCheckpoint, best_step, read_run
 from config import GPTConfig, TrainConfig
 from errors import UserError
 from formats.checksums import checksums, read_sealed, seal
@@ -107,6 +107,21 @@ def test_the_latest_and_the_best_are_kept(tmp_path, state, keep, losses, kept):
     )
     expected = {*kept[len(kept) - keep + 1 :], 90, *best[1:]}
     assert set(steps_kept(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    "losses, best",
+    [
+        ({}, None),
+        ({1: None, 2: None}, None),
+        ({1: float("nan"), 2: 2.0, 3: 3.0}, 2),  # as the versions before there were records wrote
+        ({1: 2.0, 2: float("-inf")}, 1),
+        ({1: 1.0, 2: 1.0, 3: 2.0}, 2),
+    ],
+)
+def test_the_best_has_the_lowest_loss(losses, best):
+    """Catches a loss that is no number but the best, and the older of two that are equal."""
+    assert best_step(losses) == best
 
 
 def test_restored_bits_are_the_saved_ones(run_dir, state):
