@@ -271,6 +271,9 @@ def test_any_change_of_an_array_changes_its_checksum():
     sums = checksums([jnp.asarray(a) for a in [array, *others]])
     assert len(set(sums)) == len(sums)
     assert checksums([jnp.asarray(array)]) == sums[:1]
+    # What is exchanged between number and place is a change too.
+    for one, other in (([5, 3], [4, 4]), ([0, 0], [1, 1]), ([0, 3], [1, 2])):
+        assert len(set(checksums([jnp.int32(one), jnp.int32(other)]))) == 2
     assert checksums([jnp.int32(0), jnp.int32(1)])[0] != checksums([jnp.int32(1)])[0]
 
 
