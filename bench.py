@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cli
+from benchmarks.checkpoints import BenchCheckpointConfig, bench_checkpoint
 from benchmarks.evaluation import BenchEvalConfig, bench_eval
 from benchmarks.generation import BenchGenerateConfig, bench_generate
 from benchmarks.kernels import BenchKernelConfig, bench_kernel
@@ -32,6 +33,7 @@ def of_train_presets(config_class: type) -> dict[str, cli.Preset]:
 BENCHES: dict[str, tuple[type, dict[str, cli.Preset] | None]] = {
     "train": (BenchTrainConfig, of_train_presets(BenchTrainConfig)),
     "compile": (BenchCompileConfig, of_train_presets(BenchCompileConfig)),
+    "checkpoint": (BenchCheckpointConfig, of_train_presets(BenchCheckpointConfig)),
     "generate": (BenchGenerateConfig, None),
     "kernel": (BenchKernelConfig, None),
     "serve": (BenchServeConfig, None),
@@ -42,6 +44,7 @@ BENCHES: dict[str, tuple[type, dict[str, cli.Preset] | None]] = {
 RUN: dict[type, Callable[[Any], dict]] = {
     BenchTrainConfig: bench_train,
     BenchCompileConfig: bench_compile,
+    BenchCheckpointConfig: bench_checkpoint,
     BenchGenerateConfig: bench_generate,
     BenchKernelConfig: bench_kernel,
     BenchServeConfig: bench_serve,

@@ -313,15 +313,23 @@ def fail(sentence: str) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Inside, a user's mistake (ValueError, or OSError of files) ends the program with `fail`."""
+    """Inside, a user's mistake ends the program with `fail`; a bug keeps its traceback.
+
+    A mistake is a UserError, or what the system says of a file that it names. Any other ValueError
+    or OSError is a bug, which a sentence would hide."""
     try:
         yield
-    except FileNotFoundError as error:
-        fail(f"there is no file {error.filename}" if error.filename else str(error))
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:
+    except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        is_missing = isinstance(error, FileNotFoundError)
+        fail(
+            f"there is no file {error.filename}"
+            if is_missing
+            else f"{error.filename}: {error.strerror}"
+        )
 
 
 @contextlib.contextmanager

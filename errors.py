@@ -18,7 +18,19 @@ class UserError(ValueError):
 
 
 class ContextLengthExceeded(UserError):
-    """A prompt, with the tokens that shall follow it, does not fit the model's context."""
+    """A prompt, with the tokens that shall follow it, does not fit the model's context.
+
+    Clients recognise the mistake by OpenAI's words, with which the sentence begins, or by OpenAI's
+    code, with which it ends."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, context: int, reason: str, param: str | None = None) -> None:
+        """context: tokens that the model can take. reason: what exceeds it, and the way out."""
+        super().__init__(
+            f"This model's maximum context length is {context} tokens, and {reason} ({self.code})",
+            param,
+        )
 
 
 def require(condition: bool, sentence: str, param: str | None = None) -> None:
@@ -40,6 +52,14 @@ def require_fraction(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value < 1, f"{name}={value} must be in [0, 1)", param=name)
+
+
+def read_text(path: Path, param: str | None = None) -> str:
+    """Return the text of a UTF-8 file that a user has named. Raises UserError if it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: convert it first, with iconv", param) from error
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from errors import require
+from errors import read_text, require
 from kernels.cpu_kernels import choose_packing
 from tokenizer import StreamDecoder
 from utils import open_model
@@ -54,5 +54,5 @@ def main(config: SampleConfig) -> None:
 def read_start(start: str) -> str:
     """Return the text that --start means: what a file holds for FILE:path, else itself."""
     if start.startswith("FILE:"):
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+        return read_text(Path(start.removeprefix("FILE:")), param="start")
     return start

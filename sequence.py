@@ -187,16 +187,15 @@ def require_context(
     prompt_name: str = "prompt",
     max_tokens_name: str = "max_tokens",
 ) -> None:
-    """Raise ContextLengthExceeded, about the field that is too large, unless all fits the context.
-
-    The sentence begins as OpenAI's, because clients recognise the mistake by it."""
+    """Raise ContextLengthExceeded, about the field that is too large, unless it all fits."""
     total = prompt_tokens + max_tokens
     if total <= context:
         return
     leaves_no_room = prompt_tokens + min(1, max_tokens) > context
     raise ContextLengthExceeded(
-        f"This model's maximum context length is {context} tokens, and {prompt_tokens} tokens of "
-        f"{prompt_name} and {max_tokens_name}={max_tokens} make {total}: ask for fewer",
+        context,
+        f"{prompt_tokens} tokens of {prompt_name} and {max_tokens_name}={max_tokens} make {total}: "
+        "ask for fewer",
         param=prompt_name if leaves_no_room else max_tokens_name,
     )
 

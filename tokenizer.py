@@ -7,12 +7,13 @@ streamed: see `StreamDecoder`. There is no JAX in here.
 
 import codecs
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError, require
-from formats.hugging_face import load_json, save_json
+from formats.hugging_face import first_line, load_json, save_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -229,7 +230,12 @@ class HFTokenizer(Tokenizer):
         )
         from transformers import AutoTokenizer  # here, because its import takes seconds
 
-        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:
+            hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the two libraries raise exceptions of many classes
+            raise UserError(
+                f"the tokenizer in {directory} cannot be read: {first_line(error)}"
+            ) from error
         return cls(hf.backend_tokenizer.to_str(), hf.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
@@ -299,21 +305,77 @@ def written(token: bytes) -> str:
 # From files and into them
 
 
-def from_meta(meta: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer whose meta() this is. The other keys of a meta.json are not looked at.
+def from_meta(meta: dict[str, Any], file: str | Path = "meta.json") -> Tokenizer:
+    """Return the tokenizer whose meta() this is, or a part of. `file` is where it comes from.
 
-    Raises UserError if it is none of the known ones."""
+    A vocab_size in it must be large enough; its other keys are not looked at. Raises UserError,
+    naming file and key, if they are damaged or the tokenizer is none of the known ones."""
+    tokenizer: Tokenizer
     match meta.get("tokenizer"):
         case "char":
-            return CharTokenizer(meta["chars"])
+            tokenizer = CharTokenizer(read_characters(meta, file))
         case "gpt2":
-            return GPT2Tokenizer()
+            tokenizer = GPT2Tokenizer()
         case "hf":
-            return HFTokenizer(meta["tokenizer_json"], meta["eos_id"])
+            tokenizer = read_hf(meta, file)
         case other:
             raise UserError(
-                f"meta.json names the tokenizer {other!r}; the known ones are char, gpt2 and hf"
+                f"{file} names the tokenizer {other!r}; the known ones are char, gpt2 and hf"
             )
+    if "vocab_size" in meta:
+        vocab_size = field_of(meta, "vocab_size", int, file)
+        fits = vocab_size >= tokenizer.vocab_size
+        if isinstance(tokenizer, CharTokenizer):  # other vocabularies may have ids to spare
+            fits = vocab_size == tokenizer.vocab_size
+        require(
+            fits,
+            f"{file} has vocab_size={vocab_size}, and its tokenizer has {tokenizer.vocab_size} "
+            "tokens: one of them is damaged",
+        )
+    return tokenizer
+
+
+def field_of(meta: dict[str, Any], name: str, kind: type, file: str | Path) -> Any:
+    """Return a field of a meta.json. Raises UserError if it is missing or of another type."""
+    require(name in meta, f"{file} has no {name}, which its tokenizer needs: it is damaged")
+    value = meta[name]
+    require(
+        type(value) is kind,  # not isinstance: true is an int to Python
+        f"{file} has {name}={value!r:.60}, which is no {kind.__name__}: it is damaged",
+    )
+    return value
+
+
+def read_characters(meta: dict[str, Any], file: str | Path) -> str:
+    """Return the characters of a CharTokenizer, one for each id. Raises UserError."""
+    chars = field_of(meta, "chars", str, file)
+    require(len(chars) > 0, f"{file} has no character in chars: it is damaged")
+    for c, times in Counter(chars).items():
+        require(times == 1, f"{file} has {c!r} {times} times in chars: it is damaged")
+    half = any("\ud800" <= c <= "\udfff" for c in chars)
+    require(not half, f"{file} has half a surrogate pair in chars: it is damaged")
+    return chars
+
+
+def read_hf(meta: dict[str, Any], file: str | Path) -> HFTokenizer:
+    """Return the HFTokenizer that a meta.json holds. Raises UserError."""
+    tokenizer_json = field_of(meta, "tokenizer_json", str, file)
+    eos_id = meta.get("eos_id")
+    if eos_id is not None:
+        eos_id = field_of(meta, "eos_id", int, file)
+    try:
+        tokenizer = HFTokenizer(tokenizer_json, eos_id)
+    except UserError:
+        raise
+    except Exception as error:  # the library has no class of its own for what it cannot read
+        raise UserError(
+            f"{file} has a tokenizer_json that is no tokenizer: {first_line(error)}"
+        ) from error
+    require(
+        eos_id is None or 0 <= eos_id < tokenizer.vocab_size,
+        f"{file} has eos_id={eos_id}, and its tokenizer has {tokenizer.vocab_size} tokens",
+    )
+    return tokenizer
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -323,7 +385,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     other directories have the files of Hugging Face's tokenizers."""
     meta = directory / "meta.json"
     if meta.is_file():
-        return from_meta(load_json(meta))
+        return from_meta(load_json(meta), meta)
     return HFTokenizer.from_directory(directory)
 
 

@@ -278,7 +278,7 @@ class Run:
         self.step = int(state.step)
         self.first_step = self.step
         self.learning_rate = learning_rate_schedule(config)
-        self.skipped = SkippedUpdates(config, state)
+        self.skipped = SkippedUpdates(config, state, checkpoints.skipped_in_a_row)
         self.throughput = Throughput(tokens_per_update(config))
         self.profiling = False
         self.log = Log(config, self.step)
@@ -324,7 +324,8 @@ class Run:
                 self.tell_skipped()
                 self.skipped.require_few()
                 self.require_out_dir()
-                self.checkpoints.save(self.state, self.evaluate() if evaluation_is_due else None)
+                val_loss = self.evaluate() if evaluation_is_due else None
+                self.checkpoints.save(self.state, val_loss, self.skipped.in_a_row)
                 self.throughput.restart(self.step)
             if received is not None:
                 return received

@@ -223,4 +223,4 @@ def open_model(config: ModelConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
 def load_model(out_dir: Path, dtype: Dtype | None = None) -> tuple[GPT, tokenizer.Tokenizer, int]:
     """Return the model, the tokenizer and the step of a run of train.py: see read_run."""
     config, params, meta, step = read_run(out_dir, dtype)
-    return GPT.from_params(config, params), tokenizer.from_meta(meta), step
+    return GPT.from_params(config, params), tokenizer.from_meta(meta, out_dir / "meta.json"), step

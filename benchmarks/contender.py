@@ -12,8 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
+
+from errors import UserError
 
 READY = "ready"  # what a process says when its contender is made and warm
 END = None  # what a process is sent, instead of a number of units, when no turn is left
@@ -42,6 +45,7 @@ class ContenderProcess:
         """Start a process that calls make_contender(*args): a class, or a function of a module."""
         # A fork would inherit what this process has loaded, and JAX's threads do not survive one.
         context = multiprocessing.get_context("spawn")
+        self.name = make_contender.__name__
         self._pipe, pipe_of_process = context.Pipe()
         self._process = context.Process(
             target=serve_turns, args=(pipe_of_process, make_contender, args), daemon=True
@@ -52,20 +56,31 @@ class ContenderProcess:
 
     def wait_until_ready(self) -> None:
         """Return when the contender is made and warm."""
-        answer = self._pipe.recv()
+        answer = self._receive()
         assert answer == READY, f"a contender that was not ready sent {answer!r}"
 
     def measure(self, units: int) -> None:
         """Let the contender do `units` units of work and note the seconds per unit."""
         self._pipe.send(units)
-        self.seconds.append(self._pipe.recv() / units)
+        self.seconds.append(self._receive() / units)
 
     def close(self) -> dict:
         """End the process; return its peak memory in MiB and the contender's own report."""
         self._pipe.send(END)
-        report = self._pipe.recv()
+        report = self._receive()
         self._process.join()
         return report
+
+    def _receive(self) -> Any:
+        """Return what the process sends. Raises UserError if it has failed, or has ended."""
+        try:
+            answer = self._pipe.recv()
+        except EOFError:  # it was killed, for example because memory ran out
+            self._process.join()
+            answer = Failure(f"exit code {self._process.exitcode}")
+        if isinstance(answer, Failure):
+            raise UserError(f"the contender {self.name} has failed: {answer.reason}")
+        return answer
 
     @property
     def median(self) -> float:
@@ -73,17 +88,29 @@ class ContenderProcess:
         return statistics.median(self.seconds)
 
 
+class Failure(NamedTuple):
+    """What a process sends in place of an answer when its contender has failed."""
+
+    reason: str
+
+
 def serve_turns(pipe: Connection, make_contender: Callable[..., Contender], args: tuple) -> None:
-    """Make a contender, then run and time it as often as the pipe asks. Runs in the process."""
-    contender = make_contender(*args)
-    contender.warm_up()
-    pipe.send(READY)
-    for units in iter(pipe.recv, END):
-        begin = time.perf_counter()
-        contender.run(units)
-        pipe.send(time.perf_counter() - begin)
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipe.send({"peak_rss_mib": peak_kib // 1024, **contender.report()})
+    """Make a contender, then run and time it as often as the pipe asks. Runs in the process.
+
+    What the contender raises is sent, in one line: another process has to tell of it."""
+    try:
+        contender = make_contender(*args)
+        contender.warm_up()
+        pipe.send(READY)
+        for units in iter(pipe.recv, END):
+            begin = time.perf_counter()
+            contender.run(units)
+            pipe.send(time.perf_counter() - begin)
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send({"peak_rss_mib": peak_kib // 1024, **contender.report()})
+    except Exception as error:
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        pipe.send(Failure(" ".join(message.split())))
 
 
 def take_turns(contenders: dict[str, ContenderProcess], rounds: int, units: int) -> None:

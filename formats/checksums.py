@@ -132,9 +132,13 @@ class Record:
     """Validation loss at this step, if it was measured. The lowest is the best."""
     arrays: dict[str, SavedArray]
     """All arrays of the checkpoint, by named_leaves' names."""
+    skipped_in_a_row: int = 0
+    """How many of the latest updates were skipped: a run that goes on counts from there."""
 
     @classmethod
-    def of(cls, step: int, val_loss: float | None, items: dict[str, Any]) -> "Record":
+    def of(
+        cls, step: int, val_loss: float | None, items: dict[str, Any], skipped_in_a_row: int = 0
+    ) -> "Record":
         """Describe items, the trees of arrays by name. All processes of a run call this."""
         leaves = named_leaves(items)
         sums = checksums(list(leaves.values()))
@@ -142,7 +146,7 @@ class Record:
             name: SavedArray(leaf.shape, str(leaf.dtype), checksum)
             for (name, leaf), checksum in zip(leaves.items(), sums, strict=True)
         }
-        return cls(step, val_loss, arrays)
+        return cls(step, val_loss, arrays, skipped_in_a_row)
 
     def to_json(self) -> dict[str, Any]:
         """Return what from_json reads."""
@@ -150,12 +154,13 @@ class Record:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Record":
-        """Return the record that to_json has written."""
+        """Return the record that to_json has written, also before skipped updates were counted."""
         arrays = {
             name: SavedArray(tuple(saved["shape"]), saved["dtype"], saved["checksum"])
             for name, saved in content["arrays"].items()
         }
-        return cls(content["step"], content["val_loss"], arrays)
+        skipped_in_a_row = content.get("skipped_in_a_row", 0)
+        return cls(content["step"], content["val_loss"], arrays, skipped_in_a_row)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def refused(error: ValueError) -> APIError:
     """Return a 400 with the error's sentence and, of a UserError, the parameter it is about.
 
     Clients that shorten a prompt and try again recognise by the code that they should."""
-    code = "context_length_exceeded" if isinstance(error, ContextLengthExceeded) else None
+    code = error.code if isinstance(error, ContextLengthExceeded) else None
     return APIError(400, str(error), param=getattr(error, "param", None), code=code)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pretrained
-from errors import UserError, require
+from errors import UserError, read_text, require
 from formats import hugging_face
 from serving.config import ServeConfig
 from tokenizer import Tokenizer
@@ -149,9 +149,9 @@ def load_settings(directory: Path | None) -> dict[str, Any]:
 def find_source(config: ServeConfig, directory: Path | None, settings: dict[str, Any]) -> Any:
     """Return the template's text, None if there is none, or the list that old settings may have."""
     if config.chat_template is not None:
-        return config.chat_template.read_text(encoding="utf-8")
+        return read_text(config.chat_template, param="chat_template")
     if directory is not None and (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(directory / "chat_template.jinja", param="init_from")
     return settings.get("chat_template")
 
 

@@ -22,7 +22,7 @@ Neutral = Mapping[str, tuple[Any, ...]]
 """The values of each field that ask for nothing. null, which asks for nothing in any field, is not
 listed."""
 
-# What is common to completions and chats. First OpenAI's names, then vLLM's.
+# What is common to completions and chats. First OpenAI's names, then vLLM's and SGLang's.
 GENERATION: Neutral = {
     "best_of": (1, SameAs("n")),
     "function_call": ("none", "auto"),
@@ -32,6 +32,8 @@ GENERATION: Neutral = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prompt_cache_key": ANYTHING,
+    "prompt_cache_retention": ANYTHING,
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "safety_identifier": ANYTHING,
     "service_tier": ("auto", "default"),
@@ -41,12 +43,14 @@ GENERATION: Neutral = {
     "tools": ([],),
     "top_logprobs": (0,),
     "user": ANYTHING,
+    "verbosity": ("medium",),
     "add_special_tokens": (False,),
     "chat_template_kwargs": ({},),
     "documents": ([],),
     "early_stopping": (False,),
     "length_penalty": (1,),
     "priority": (0,),
+    "return_cached_tokens_details": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "top_k": (-1, 0),
@@ -60,7 +64,8 @@ MESSAGE: Neutral = {
     "type": ("text", "message"),
 }
 
-STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+# Obfuscation is padding, which hides the length of what is streamed. There is none here.
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (True, False)}
 
 TOKENIZE: Neutral = {"add_special_tokens": (False,), "return_token_strs": (False,)}
 

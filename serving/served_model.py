@@ -220,8 +220,8 @@ class ServedModel:
         """Raise UserError if so many tokens are more than the context, before they are made."""
         if fewest_tokens > self.max_model_len:
             raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.max_model_len} tokens, and {param} "
-                f"makes at least {fewest_tokens}: send less",
+                self.max_model_len,
+                f"{param} makes at least {fewest_tokens}: send less",
                 param=param,
             )
 

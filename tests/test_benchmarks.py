@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import evaluation, serving, training
+from benchmarks.checkpoints import BenchCheckpointConfig, bench_checkpoint, noise
 from benchmarks.contender import (
     Contender,
     ContenderProcess,
@@ -26,6 +29,7 @@ from benchmarks.workload import Request, dense_utilization, padded_batches
 from config import GPTConfig, TrainConfig
 from errors import UserError
 from kernels import cpu_kernels
+from utils import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +82,61 @@ def test_a_process_times_its_contender():
     assert len(process.seconds) == 2
     assert all(0.005 <= seconds < 0.05 for seconds in process.seconds)
     assert report["peak_rss_mib"] > 1
+
+
+class Failing(Contender):
+    """Fails when it is made, in a turn, or in its report; or takes its process with it."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self.fail_at("init")
+
+    def run(self, n: int) -> None:
+        if n > 2:  # the warm-up has 2
+            self.fail_at("run")
+
+    def report(self) -> dict:
+        self.fail_at("report")
+        return {}
+
+    def fail_at(self, where: str) -> None:
+        """Fail if that is where it is to."""
+        if self.where == where:
+            raise RuntimeError("no such\nlibrary")
+        if self.where == f"exit at {where}":
+            os._exit(9)
+
+
+@pytest.mark.parametrize("where", ["init", "run", "report", "exit at run"])
+def test_a_contender_that_fails_is_named(where, capfd):
+    """Catches a traceback of another process, and an EOFError in ours, in place of who failed and
+    why."""
+    process = ContenderProcess(Failing, where)
+    with pytest.raises(UserError) as error:
+        take_turns({"failing": process}, rounds=1, units=3)
+        process.close()
+    reason = "exit code 9" if where.startswith("exit") else "RuntimeError: no such library"
+    assert str(error.value) == f"the contender Failing has failed: {reason}"
+    process._process.join()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_a_checkpoint_costs(tmp_path):
+    """Catches a command that measures a state which compresses, or another size than a run's, and
+    leaves gigabytes behind."""
+    model = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=64, bias=False)
+    train = TrainConfig(model=model)
+    config = BenchCheckpointConfig(train=train, directory=tmp_path, rounds=2)
+    report = bench_checkpoint(config)
+    padded = model.num_params() + (model.padded_vocab_size - model.vocab_size) * model.n_embd
+    assert report["state_gb"] == round(3 * 4 * padded / 1e9, 3)  # parameters and two moments
+    seconds = report["seconds"]
+    assert 0 < seconds["checksums"] < seconds["save"]
+    assert 0 < seconds["save_until_training_goes_on"] <= seconds["save"]
+    assert report["checksums_of_restore"] == round(seconds["checksums"] / seconds["restore"], 3)
+    state = noise(TrainState.create(train))
+    assert all(np.std(a) > 0.5 for a in jax.tree.leaves((state.params, state.opt_state)) if a.ndim)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_median_counts():

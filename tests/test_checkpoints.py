@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import Checkpoint, DamagedCheckpoint, read_run
+from checkpoints import Checkpoint, DamagedCheckpoint, best_step, read_run
 from config import GPTConfig, TrainConfig
 from errors import UserError
 from formats.checksums import checksums, read_sealed, seal
@@ -109,6 +109,21 @@ def test_the_latest_and_the_best_are_kept(tmp_path, state, keep, losses, kept):
     assert set(steps_kept(tmp_path)) == expected
 
 
+@pytest.mark.parametrize(
+    "losses, best",
+    [
+        ({}, None),
+        ({1: None, 2: None}, None),
+        ({1: float("nan"), 2: 2.0, 3: 3.0}, 2),  # as the versions before there were records wrote
+        ({1: 2.0, 2: float("-inf")}, 1),
+        ({1: 1.0, 2: 1.0, 3: 2.0}, 2),
+    ],
+)
+def test_the_best_has_the_lowest_loss(losses, best):
+    """Catches a loss that is no number but the best, and the older of two that are equal."""
+    assert best_step(losses) == best
+
+
 def test_restored_bits_are_the_saved_ones(run_dir, state):
     """Catches a restore of another checkpoint, of other bits, and a step that is not restored."""
     abstract = TrainState.abstract(TINY, state.mesh)
@@ -118,6 +133,23 @@ def test_restored_bits_are_the_saved_ones(run_dir, state):
     assert same_bits(restored.params, expected.params)
     assert same_bits(restored.opt_state, expected.opt_state)
     assert resume(run_dir, abstract, state) == (30, [])
+
+
+def test_a_record_of_before_skipped_updates_were_counted(copy, state):
+    """Catches a checkpoint that is refused, or a count that is made up, where the record has
+    none; and one that is not restored where it has."""
+    opened = Checkpoints(copy)
+    opened.save(at_step(state, 40), None, skipped_in_a_row=7)
+    opened.close()
+    for expected in (7, 0):
+        opened = Checkpoints(copy)
+        opened.restore(state)
+        opened.close()
+        assert opened.skipped_in_a_row == expected
+        file = copy / "checkpoints" / "40" / "record" / "metadata"
+        record = read_sealed(file)
+        record.pop("skipped_in_a_row", None)
+        file.write_text(json.dumps(seal(record)))
 
 
 def test_a_resumed_run_saves_what_it_was_given(copy, state):
@@ -239,6 +271,9 @@ def test_any_change_of_an_array_changes_its_checksum():
     sums = checksums([jnp.asarray(a) for a in [array, *others]])
     assert len(set(sums)) == len(sums)
     assert checksums([jnp.asarray(array)]) == sums[:1]
+    # What is exchanged between number and place is a change too.
+    for one, other in (([5, 3], [4, 4]), ([0, 0], [1, 1]), ([0, 3], [1, 2])):
+        assert len(set(checksums([jnp.int32(one), jnp.int32(other)]))) == 2
     assert checksums([jnp.int32(0), jnp.int32(1)])[0] != checksums([jnp.int32(1)])[0]
 
 

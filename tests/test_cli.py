@@ -243,10 +243,20 @@ def test_a_mistake_while_running_is_one_sentence(error, sentence, capsys):
     assert capsys.readouterr().err.endswith(f": {sentence}\n")
 
 
-def test_a_bug_keeps_its_traceback():
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ZeroDivisionError(),
+        ValueError("operands could not be broadcast together"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "of a file that nobody has named"),
+        OSError(5, "Input/output error"),  # of no file
+    ],
+)
+def test_a_bug_keeps_its_traceback(bug):
     """Catches a fault of the program's own that is told as if it were the user's."""
-    with pytest.raises(ZeroDivisionError), cli.user_errors():
-        raise ZeroDivisionError
+    with pytest.raises(type(bug)) as error, cli.user_errors():
+        raise bug
+    assert error.value is bug
 
 
 # Help.

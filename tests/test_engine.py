@@ -256,6 +256,18 @@ def test_cancel_frees_everything_at_once_and_others_go_on(engine):
     assert alone[-len(tokens) :] == tokens and engine.stats().pages_held == 0
 
 
+def test_tokens_in_pages_are_counted(engine):
+    """Catches places of a page that hold no token and are counted, or are counted for one sequence
+    alone."""
+    for prompt in prompts_of([5, 2]):  # 2 pages and 1, of 4 places each
+        engine.add(prompt, GREEDY)
+    held = []
+    for _ in range(3):
+        engine.step()
+        held.append((engine.stats().pages_held, engine.stats().tokens_held))
+    assert held == [(3, 7), (3, 9), (3, 11)]
+
+
 def test_times_are_in_order(engine):
     """Catches a time that is taken twice, as when a preempted sequence is admitted again."""
     engine.blocks.open("ballast", [0])

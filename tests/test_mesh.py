@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mesh import processes_in_environment
 from ops import flash_attention, save_activations
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,24 @@ def slurm_environment(port: int, processes: int, index: int) -> dict[str, str]:
         "SLURM_STEP_NUM_TASKS": str(processes),
         "JAX_COORDINATOR_PORT": str(port),
     }
+
+
+@pytest.mark.parametrize(
+    "environment, processes",
+    [
+        ({}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, 16),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1,host-2,host-3"}, 4),
+    ],
+)
+def test_processes_in_the_environment(environment, processes, monkeypatch):
+    """Catches a cluster whose processes would each train a run of its own."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes_in_environment() == processes
 
 
 def start(

@@ -95,6 +95,18 @@ def test_a_healthy_run_has_the_same_bits():
     assert_trees_close(a.opt_state, b.opt_state, rtol=0)
 
 
+def test_the_limit_changes_no_bit():
+    """Catches a limit that becomes part of the program: with Muon another program, such as one
+    without the check, differs in the last bit, because XLA fuses its sums otherwise."""
+    muon = dataclasses.replace(SMALL, optimizer="muon")
+    state = jax.eval_shape(partial(TrainState.create, muon))
+    programs = {
+        train_step.lower(state, batch(0), dataclasses.replace(muon, skip_nonfinite=limit)).as_text()
+        for limit in (0, 10)
+    }
+    assert len(programs) == 1
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_skipped_update_leaves_all_but_the_step(optimizer, exploding):
     """Catches a moment or a count that takes part of the bad batch, weight decay without an update,
@@ -213,6 +225,18 @@ def test_a_run_that_explodes_for_good_ends(data_dir, tmp_path, explode_at):
     for words in ("--init_from=resume", "learning_rate (now 0.01)", "grad_clip (now 1.0)"):
         assert words in str(error.value)
     assert error.value.param == "skip_nonfinite"
+
+
+def test_a_resume_counts_the_skipped_before_it(data_dir, tmp_path, explode_at, monkeypatch):
+    """Catches a run that is stopped and resumed for ever while all of its updates are skipped: the
+    limit is on those in a row, wherever the run was stopped between them."""
+    explode_at += [2, 3, 4, 5]
+    config = dataclasses.replace(SMALL, data_dir=data_dir, out_dir=tmp_path / "out")
+    stop_at(4, monkeypatch)
+    assert train.main(config) == 128 + signal.SIGTERM
+    stop_at(None, monkeypatch)
+    with pytest.raises(UserError, match="at step 5 .*3 updates in a row"):
+        train.main(config)
 
 
 # The count alone.

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import string
 import subprocess
 import sys
 import threading
@@ -98,6 +99,28 @@ def test_pystdlib_is_python_and_always_the_same(here):
     assert 3e6 < meta["train_tokens"] + meta["val_tokens"] < 8e6
     text = from_meta(meta).decode([*ids["train"], *ids["val"]])
     assert "\ndef dataclass(" in text
+
+
+def test_pystdlib_validates_on_all_of_the_alphabet(tmp_path, monkeypatch):
+    """Catches modules in alphabetical order, whose last tenth is all of tokenize to zipimport."""
+    names = sorted(name for name in sys.stdlib_module_names if name[0] in string.ascii_lowercase)
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"{name}\n")
+    monkeypatch.setattr(prepare.sysconfig, "get_path", lambda _: str(tmp_path))
+    prepare.write_stdlib(tmp_path / "text")
+    written = (tmp_path / "text").read_text().splitlines()
+    assert sorted(written) == names
+    validated = written[-len(names) // 10 :]
+    assert min(validated) < "d" and max(validated) > "s"
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_the_largest_id_is_written(tmp_path, vocab_size, dtype):
+    """Catches a vocabulary whose last token does not fit the file's type, or that wastes half."""
+    ids = [vocab_size - 1, 0]
+    splits = {"train": iter([ids]), "val": iter([ids])}
+    assert prepare.write_splits(splits, tmp_path, vocab_size)["dtype"] == dtype
+    assert np.fromfile(tmp_path / "val.bin", dtype).tolist() == ids
 
 
 def test_meta_describes_the_files(here):

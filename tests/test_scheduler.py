@@ -315,6 +315,15 @@ def test_every_arrival_of_three_requests_at_four_pages():
     assert preempted > 100
 
 
+def test_a_newcomer_leaves_room_for_the_next_tokens_of_others():
+    """Catches one that is let in only to be sent out at the next step, and its work."""
+    machine = Machine(num_pages=3)
+    machine.add([1, 2], max_tokens=3)  # its next token needs the second page
+    machine.add([2, 1], max_tokens=2)
+    machine.run()
+    assert machine.scheduler.preemptions == 0
+
+
 def test_a_request_that_never_fits_is_refused():
     """Catches a request larger than the pool that waits for ever, and those behind it with it."""
     machine = Machine(num_pages=5)

@@ -23,6 +23,7 @@ EXAMPLES = {
     "user": ["someone"],
     "metadata": [{"a": {"b": [1, None]}}],
     "prompt_cache_key": ["x"],
+    "prompt_cache_retention": ["24h"],
     "safety_identifier": ["x"],
 }
 
@@ -47,6 +48,46 @@ def test_what_asks_for_nothing_changes_nothing(server):
     for body in bodies_that_ask_for_nothing():
         assert server.complete(prompt="abc", **SAME, **body)["choices"] == expected, body
         assert server.chat(messages=CHAT, **SAME, **body)["choices"] == expected_chat, body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt_cache_retention": "24h", "prompt_cache_key": "x", "safety_identifier": "y"},
+        {"verbosity": "medium", "reasoning_effort": "none", "service_tier": "auto"},
+        {"reasoning_effort": None, "chat_template_kwargs": {}, "service_tier": "default"},
+        {"return_cached_tokens_details": False},
+    ],
+)
+def test_what_clients_write_without_being_asked(server, body):
+    """Catches: a client shut out for a field that changes no token, on either route."""
+    assert server.post(prompt="abc", **SAME, **body).status_code == 200
+    path = "/v1/chat/completions"
+    assert server.post(path, messages=CHAT, **SAME, **body).status_code == 200
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_padding_of_streams_is_no_matter(server, padding):
+    """Catches: a stream refused for the padding that it need not have."""
+    options = {"include_obfuscation": padding}
+    chunks = events(server.post(prompt="abc", stream=True, stream_options=options, **SAME))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("reasoning_effort", "low"),
+        ("verbosity", "high"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("return_cached_tokens_details", True),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(server, field, value):
+    """Catches: a value that asks for something taken for one that asks for nothing."""
+    response = server.post("/v1/chat/completions", messages=CHAT, **SAME, **{field: value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
 
 
 def test_best_of_n_asks_for_no_choice(server):

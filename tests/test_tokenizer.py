@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errors import UserError
 from formats.hugging_face import save_json
 from tokenizer import (
     CharTokenizer,
@@ -70,8 +72,9 @@ def test_decode_inverts_encode_and_meta_rebuilds(tokenizer):
     """Catches text that changes on the way (spaces, \\r\\n) and a meta() that JSON changes."""
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
+    vocab_size = tokenizer.vocab_size
     again = from_meta(
-        json.loads(json.dumps(tokenizer.meta() | {"vocab_size": 1, "dtype": "uint16"}))
+        json.loads(json.dumps(tokenizer.meta() | {"vocab_size": vocab_size, "dtype": "x"}))
     )
     for attribute in ("name", "vocab_size", "eos_id"):
         assert getattr(again, attribute) == getattr(tokenizer, attribute)
@@ -113,9 +116,17 @@ def test_fewest_tokens_of_text_that_may_shrink(hf):
     shrinking = HFTokenizer(bpe.to_str(), eos_id=0)
     assert shrinking.encode(" " * 10_000) == []
     assert shrinking.fewest_tokens(" " * 10_000) == 0
-    bpe.normalizer = None
-    bpe.add_tokens([tokenizers.AddedToken("<gap>", lstrip=True)])
-    assert HFTokenizer(bpe.to_str(), eos_id=0).fewest_tokens(" " * 10_000 + "<gap>") == 0
+
+
+@pytest.mark.parametrize(
+    "side, text", [("lstrip", " " * 9999 + "<gap>"), ("rstrip", "<gap>" + " " * 9999)]
+)
+def test_fewest_tokens_beside_a_token_that_takes_spaces(hf, side, text):
+    """Catches: a text refused as too long, although one added token takes nearly all of it."""
+    bpe = tokenizers.Tokenizer.from_str(hf.meta()["tokenizer_json"])
+    bpe.add_tokens([tokenizers.AddedToken("<gap>", **{side: True})])
+    greedy = HFTokenizer(bpe.to_str(), eos_id=0)
+    assert greedy.fewest_tokens(text) <= len(greedy.encode(text)) == 1
 
 
 def test_ids_that_the_vocabulary_does_not_have(hf):
@@ -135,6 +146,57 @@ def test_unknown_tokenizer_is_named():
     """Catches a fallback to some default tokenizer when meta.json is from elsewhere."""
     with pytest.raises(ValueError, match="'cl100k'.*char, gpt2 and hf"):
         from_meta({"tokenizer": "cl100k"})
+
+
+HF_META = {"tokenizer": "hf", "eos_id": None}
+
+
+@pytest.mark.parametrize(
+    "meta, words",
+    [
+        ({"tokenizer": "char"}, "has no chars"),
+        ({"tokenizer": "char", "chars": 5}, "chars=5, which is no str"),
+        ({"tokenizer": "char", "chars": "abca"}, "'a' 2 times in chars"),
+        ({"tokenizer": "char", "chars": ""}, "no character in chars"),
+        ({"tokenizer": "char", "chars": "a\ud800"}, "half a surrogate pair in chars"),
+        ({"tokenizer": "char", "chars": "abc", "vocab_size": 4}, "vocab_size=4.*has 3"),
+        ({"tokenizer": "char", "chars": "abc", "vocab_size": "3"}, "vocab_size='3'.*no int"),
+        (HF_META, "has no tokenizer_json"),
+        (HF_META | {"tokenizer_json": {}}, "tokenizer_json={}, which is no str"),
+        (HF_META | {"tokenizer_json": "{}"}, "tokenizer_json that is no tokenizer"),
+        ({"tokenizer": ["char"]}, "names the tokenizer"),
+    ],
+)
+def test_a_damaged_meta_is_one_sentence(meta, words, tmp_path):
+    """Catches a KeyError, an AssertionError or a library's exception that names neither the file
+    nor the field."""
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} .*{words}") as error:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_of_a_directory_is_named(content, tmp_path):
+    """Catches a library's exception, of whatever class, that does not say which directory."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"^the tokenizer in {re.escape(str(tmp_path))} cannot"):
+        HFTokenizer.from_directory(tmp_path)
+
+
+def test_ids_out_of_range_in_a_meta(hf, tmp_path):
+    """Catches an end of text that no model has, which would end nothing, and a tokenizer whose ids
+    the model does not have."""
+    for change, words in (
+        ({"eos_id": hf.vocab_size}, f"eos_id={hf.vocab_size}.*{hf.vocab_size} tokens"),
+        ({"eos_id": -1}, "eos_id=-1"),
+        ({"eos_id": True}, "eos_id=True, which is no int"),
+        ({"vocab_size": hf.vocab_size - 1}, f"vocab_size={hf.vocab_size - 1}"),
+    ):
+        with pytest.raises(UserError, match=f"^here.json .*{words}"):
+            from_meta(hf.meta() | change, "here.json")
+    assert from_meta(hf.meta() | {"vocab_size": hf.vocab_size + 1}).eos_id == hf.eos_id
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path):

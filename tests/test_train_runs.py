@@ -229,6 +229,7 @@ def test_sample_writes_what_generate_does(finished):
         (["--start=abcXYZ"], ["XYZ"]),
         (["--start="], ["empty"]),
         (["--start=FILE:/no/such/file"], ["/no/such/file"]),
+        (["--start=FILE:docs/loss.png"], ["docs/loss.png is not UTF-8"]),
         (["--out_dir=/no/such/dir"], ["/no/such/dir", "config.json"]),
         (["--temperature=-1"], ["temperature=-1"]),
         (["--init_from=gpt2"], ["--out_dir", "--init_from"]),

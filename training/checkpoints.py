@@ -64,6 +64,8 @@ class Checkpoints:
         self.trash = self.directory / "deleted"
         self.notes: list[str] = []
         """What the user should know about the checkpoints that were found."""
+        self.skipped_in_a_row = 0
+        """How many of the latest updates of the restored checkpoint were skipped."""
         self.policy = LatestAndBest(keep, {}, set())
         self.empty_trash()
         self.manager = ocp.CheckpointManager(
@@ -89,17 +91,18 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint, None if there is none."""
         return self.manager.latest_step()
 
-    def save(self, state: Any, val_loss: float | None = None) -> None:
+    def save(self, state: Any, val_loss: float | None = None, skipped_in_a_row: int = 0) -> None:
         """Begin to save a TrainState in the background, with its validation loss if that is known.
 
-        The arrays are copied before this returns, so `state` may be donated afterwards. Raises
-        UserError if this, or the save before, fails."""
+        skipped_in_a_row: how many of its latest updates were skipped. The arrays are copied before
+        this returns, so `state` may be donated afterwards. Raises UserError if this, or the save
+        before, fails."""
         step = int(state.step)
         if step == self.latest():
             return
         loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         items = {"params": state.params, "opt_state": state.opt_state}
-        record = Record.of(step, loss, items)
+        record = Record.of(step, loss, items, skipped_in_a_row)
         self.policy.val_losses[step] = loss
         with self.failure_told():
             self.manager.save(
@@ -152,6 +155,8 @@ class Checkpoints:
                 damaged.append(checkpoint)
             else:
                 self.set_aside(damaged)
+                record = checkpoint.record()
+                self.skipped_in_a_row = 0 if record is None else record.skipped_in_a_row
                 return restored
         raise UserError(
             f"no checkpoint in {self.directory} is whole, and nothing was deleted: "

@@ -9,7 +9,6 @@ Shapes: A micro-batches of B rows of T tokens, C n_embd, H heads, L layers.
 
 import collections
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import pretrained
 from config import GPTConfig, TrainConfig
 from mesh import Layout, batch_sharding, describe, planned_mesh, use_cpu_cores
 from ops import ACTIVATIONS
+from training.token_files import read_meta
 from utils import TrainState
 
 TINY_SHAKESPEARE_VOCAB_SIZE = 65  # what a data set of characters is taken for, if it is not there
@@ -174,8 +174,7 @@ def _planned_model(config: TrainConfig) -> GPTConfig:
         stored = pretrained.read_config(directory / "config.json")
         return pretrained.apply_overrides(stored, pretrained.changed(model))
     if meta.exists():
-        vocab_size = json.loads(meta.read_text())["vocab_size"]
-        return dataclasses.replace(model, vocab_size=vocab_size)
+        return dataclasses.replace(model, vocab_size=read_meta(meta)["vocab_size"])
     if config.dataset.endswith("char"):
         return dataclasses.replace(model, vocab_size=TINY_SHAKESPEARE_VOCAB_SIZE)
     return model

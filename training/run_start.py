@@ -160,8 +160,9 @@ def require_same_model(
             f"{name}={value}, but the run in out_dir={out_dir} has {name}={saved.get(name)}",
             param=name,
         )
+    saved_tokenizer = tokenizer.from_meta(saved_meta, out_dir / "meta.json")
     require(
-        tokenizer.from_meta(saved_meta).meta() == tokenizer.from_meta(meta).meta(),
+        saved_tokenizer.meta() == tokenizer.from_meta(meta).meta(),
         f"the data has another tokenizer than the run in out_dir={out_dir}",
         param="out_dir",
     )

@@ -36,12 +36,13 @@ class SkippedUpdates:
     They are found when the metrics are read, which waits for the device, so that is done seldom.
     `total` needs no place in a checkpoint: the optimizer counts the updates that were made."""
 
-    def __init__(self, config: TrainConfig, state: TrainState) -> None:
+    def __init__(self, config: TrainConfig, state: TrainState, in_a_row: int = 0) -> None:
+        """in_a_row: how many of the latest updates of `state` were skipped."""
         self.config = config
         self.total = int(state.step) - updates_made(state)
         """Skipped updates since step 0, before the run was resumed too."""
-        self.in_a_row = 0
-        """How many of the latest updates were skipped; those before a resume do not count."""
+        self.in_a_row = in_a_row
+        """How many of the latest updates were skipped, before the run was resumed too."""
         self.last_finite: Figures | None = None
         self.unread: list[tuple[int, dict[str, jax.Array]]] = []
         self.farewell: str | None = None
