@@ -4,14 +4,14 @@ Start with `Generation.advance`, which is behind GPT.stream and GPT.generate; `p
 are what it runs on the device. The engine (engine.py) is the other way to generate: it serves many
 requests that come and go. Both draw tokens with sampling.draw.
 
-Shapes: B batch, T tokens, C n_embd, H heads, D head_dim = C / H, L layers, V padded vocabulary,
-S cache slots.
+Shapes: B batch, T tokens, C n_embd, H heads, KV heads of keys and values, D head_dim, L layers, V
+padded vocabulary, S cache slots.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,32 @@ from flax import nnx
 
 from config import GPTConfig
 from errors import require
-from ops import einsum
+from ops import einsum, fold_groups, unfold_groups
 from sampling import draw, draw_settings, seed_words
 from sequence import SamplingParams
 
 # Prompt lengths and cache slots are rounded up to a multiple of this: few shapes, few compilations.
 LENGTH_MULTIPLE = 64
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that each row has so far, for all layers.
+
+    KVCache is dense, paged_attention.PagedKVCache is paged. The forward pass does not
+    know which of them it holds."""
+
+    def positions(self, T: int) -> jax.Array:
+        """Return the positions (B, T) of the next T tokens of each row."""
+
+    def attend(
+        self, layer: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, "Cache"]:
+        """Store k, v (B, T, KV, D) of one layer, and attend q to all that it holds.
+
+        Head h of q (B, T, H, D) reads head h // G of the keys. Returns (B, T, H, D)."""
+
+    def advance(self, T: int) -> "Cache":
+        """Count T more tokens, which every layer has stored."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +55,8 @@ class KVCache:
 
     Tokens that `attend` writes count once `advance` has been called, after the last layer."""
 
-    k: jax.Array  # (L, B, H, S, D) in the compute dtype; float32 on CPU
-    v: jax.Array  # (L, B, H, S, D), of the same dtype
+    k: jax.Array  # (L, B, KV, S, D) in the compute dtype; float32 on CPU
+    v: jax.Array  # (L, B, KV, S, D), of the same dtype
     length: jax.Array  # (B,) int32 tokens held
 
     @classmethod
@@ -45,7 +65,7 @@ class KVCache:
 
         XLA on CPU converts a whole bfloat16 array to float32 and back to write into it, so there
         the cache is float32."""
-        shape = (config.n_layer, batch, config.n_head, slots, config.head_dim)
+        shape = (config.n_layer, batch, config.kv_heads, slots, config.head_dim)
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
         return cls(
             k=jnp.zeros(shape, dtype),
@@ -62,22 +82,25 @@ class KVCache:
     ) -> tuple[jax.Array, "KVCache"]:
         """Write k, v of T new tokens; then attend q over what each row holds, itself included.
 
-        A query sees no later token. A token past slot S is not written. q, k, v (B, T, H, D);
-        returns (B, T, H, D) float32 and the extended cache."""
+        A query sees no later token. A token past slot S is not written. q (B, T, H, D), k and v
+        (B, T, KV, D); returns (B, T, H, D) float32 and the extended cache."""
         B, T, H, D = q.shape
+        KV = k.shape[2]
         at = self.positions(T)
 
         def write(slots: jax.Array, new: jax.Array) -> jax.Array:
-            # A slice between advanced indices: the indexed shape is (B, T, H, D), as new has it.
+            # A slice between advanced indices: the indexed shape is (B, T, KV, D), as new has it.
             where = slots.at[layer, jnp.arange(B)[:, None], :, at]
             return where.set(new.astype(slots.dtype), mode="drop")
 
         cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
         dtype = str(self.k.dtype)
-        scores = einsum("bthd,bhsd->bhts", q * D**-0.5, cache.k[layer], dtype)
-        visible = jnp.arange(self.k.shape[3]) <= at[:, None, :, None]  # (B, 1, T, S)
+        q = fold_groups(q * D**-0.5, KV)  # (B, T G, KV, D)
+        scores = einsum("bthd,bhsd->bhts", q, cache.k[layer], dtype)
+        last_seen = jnp.repeat(at, H // KV, axis=1)[:, None, :, None]  # (B, 1, T G, 1)
+        visible = jnp.arange(self.k.shape[3]) <= last_seen
         probs = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-        return einsum("bhts,bhsd->bthd", probs, cache.v[layer], dtype), cache
+        return unfold_groups(einsum("bhts,bhsd->bthd", probs, cache.v[layer], dtype), T), cache
 
     def advance(self, T: int) -> "KVCache":
         """Count the T tokens that every layer has written."""

@@ -179,8 +179,8 @@ def pool_shape(
     A TPU lays the last axis out in lanes of 128, so there `128 // D` heads lie side by side in
     one: narrower rows would be stored padded, or the whole pool be copied at each call of the
     kernel."""
-    H = config.n_head
-    D = config.n_embd // config.n_head
+    H = config.kv_heads
+    D = config.head_dim
     if attention == "mosaic_tpu":
         side_by_side = max(1, TPU_LANES // D)
         H = pl.cdiv(H, side_by_side)
