@@ -153,9 +153,9 @@ class CausalSelfAttention(nnx.Module):
         config = self.config
         B, T, _ = x.shape
         G, D = config.qkv_parts - 2, config.head_dim
-        parts = self.c_attn(x, parts=G + 2).reshape(B, T, G + 2, config.kv_heads, D)
-        q = parts[:, :, :G].swapaxes(2, 3).reshape(B, T, config.n_head, D)
-        k, v = parts[:, :, G], parts[:, :, G + 1]
+        parts = jnp.moveaxis(self.c_attn(x, parts=G + 2), 2, 0)  # (G + 2, B, T, KV D)
+        *q_parts, k, v = (part.reshape(B, T, -1, D) for part in parts)
+        q = q_parts[0] if G == 1 else jnp.stack(q_parts, 3).reshape(B, T, config.n_head, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
