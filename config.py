@@ -166,7 +166,7 @@ class TrainConfig:
     """Directory for checkpoints, config.json, meta.json, metrics.jsonl and loss.png."""
     init_from: str = "scratch"
     """scratch; or resume: go on from the latest checkpoint in out_dir, or start if there is none
-    yet; or gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory:
+    yet; or gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face directory:
     finetune that model."""
     # Evaluation and logging.
     eval_interval: int = 2000
