@@ -290,7 +290,7 @@ def read_run(out_dir: Path, dtype: Dtype | None = None) -> tuple[GPTConfig, dict
         )
     checkpoint, params = read_best_params(out_dir)
     stored, meta = read_description(out_dir, checkpoint)
-    config = GPTConfig(**stored)
+    config = GPTConfig.from_json(stored)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     return config, params, meta, checkpoint.step

@@ -7,12 +7,13 @@ first. The presets of train.py are in training/presets.py.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from errors import require, require_at_least, require_fraction
 from flags import MemorySize, default_is
+from formats.parameters import RopeScaling, number_of_parameters, require_possible_model
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -22,27 +23,48 @@ class GPTConfig:
     """Shape of a GPT and how it computes. The defaults of the shape are GPT-2's, 124M."""
 
     block_size: int = 1024
-    """Longest context in tokens: the number of learned positions."""
+    """Longest context in tokens: with learned positions, how many of them there are."""
     vocab_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 50257
     """Number of tokens. It is no flag: it comes from the data set or the checkpoint."""
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
-    """Attention heads per block; must divide n_embd."""
-    n_kv_head: int | None = None
-    """Heads of keys and values, each read by n_head / n_kv_head heads of queries; default:
-    n_head."""
+    """Attention heads per block; must divide n_embd, unless head_size is given."""
+    n_kv_head: Annotated[int | None, default_is("n_head")] = None
+    """Heads of keys and values; must divide n_head. Fewer than n_head share one among several heads
+    of queries: the cache is smaller by as much."""
+    head_size: Annotated[int | None, default_is("n_embd / n_head")] = None
+    """Width of a head."""
     n_embd: int = 768
     """Width of the residual stream."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """rmsnorm is a LayerNorm without mean and bias, which loses nothing and is faster."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """learned adds a vector for each position to the embedding, as GPT-2 does; rotary turns queries
+    and keys by angles that grow with the position, so that attention sees distances."""
+    rope_theta: float = 10000.0
+    """Base of the rotary angles: larger ones turn more slowly, for longer contexts."""
+    rope_scaling: Annotated[RopeScaling | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Llama 3's way to longer contexts. It is no flag: it comes from a checkpoint."""
+    mlp: Literal["plain", "gated"] = "plain"
+    """plain is activation(a x); gated is activation(g x) times (a x), with one more matrix."""
+    mlp_width: Annotated[int | None, default_is("4 n_embd")] = None
+    """Width within the MLP."""
+    qkv_bias: Annotated[bool | None, default_is("as bias")] = None
+    """Biases of queries, keys and values, where they differ from those of the other matrices."""
+    qk_norm: bool = False
+    """An RMSNorm on each head's queries and keys, which keeps their products from growing."""
+    tied_head: bool = True
+    """The token embedding is the head's matrix too. False gives the head its own."""
     dropout: float = 0.0
     """Probability of dropping an activation in training: 0 to pretrain, 0.1 or more to finetune."""
     bias: bool = True
     """Biases in Linear and LayerNorm, as GPT-2 has them; without is a bit better and faster."""
-    activation: Literal["gelu_new", "gelu", "relu", "silu"] = "gelu_new"
+    activation: Literal["gelu_new", "gelu", "relu", "relu2", "silu"] = "gelu_new"
     """Activation of the MLP: gelu_new is GPT-2's tanh form, gelu the exact erf form, which takes
-    about twice the time on a CPU."""
+    about twice the time on a CPU; relu2 is the square of relu."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in LayerNorm."""
+    """Added to the variance in LayerNorm, and to the mean of squares in RMSNorm."""
     vocab_multiple: int = 64
     """The embedding is padded to a multiple of this (50257 to 50304), so that its matmuls tile
     well and divide over devices. The padding is masked and never sampled."""
@@ -62,17 +84,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         require_at_least(self, 1, "vocab_multiple", "scan_unroll")
-        require(
-            self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}",
-            param="n_embd",
-        )
-        require_at_least(self, 1, "n_kv_head")
-        require(
-            self.n_head % self.kv_heads == 0,
-            f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}",
-            param="n_kv_head",
-        )
+        require_at_least(self, 1, "n_kv_head", "head_size", "mlp_width")
+        require_possible_model(self)
         require_fraction(self, "dropout")
         cudnn_runs = self.dtype == "bfloat16" and self.dropout == 0
         require(
@@ -90,33 +103,52 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         """Width of a head."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values; n_head / kv_heads heads of queries read each."""
+        """Heads of keys and values; n_head / kv_heads heads of queries share each."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width within the MLP."""
+        return 4 * self.n_embd if self.mlp_width is None else self.mlp_width
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def qkv_parts(self) -> int:
+        """Parts of c_attn's output, each kv_heads * head_dim wide: see CausalSelfAttention."""
+        return self.n_head // self.kv_heads + 2
 
     def num_params(self, embeddings: bool = True) -> int:
         """Return the number of parameters, without the padding of the vocabulary.
 
-        embeddings=False leaves the positions out, as nanoGPT counts N for FLOPs; the token
-        embedding stays in, because it is the head's weight too."""
-        C = self.n_embd
-        biases = int(self.bias)
-        layer_norm = (1 + biases) * C
-        matrices = 12 * C * C + biases * 9 * C  # attention 4 C^2, MLP 8 C^2
-        blocks = self.n_layer * (matrices + 2 * layer_norm)
-        positions = self.block_size * C if embeddings else 0
-        return blocks + layer_norm + self.vocab_size * C + positions
+        embeddings=False leaves out what is only looked up and never multiplied by, as nanoGPT
+        counts N for FLOPs: the positions, and the token embedding unless it is the head too."""
+        return number_of_parameters(self, embeddings)
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of training on a token, 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
+        """FLOPs of training on a token, 6 N + 12 L H D T (Chowdhery et al. 2022, appendix B).
 
-        Recomputation (remat) does not count."""
-        attention = 12 * self.n_layer * self.n_embd * self.block_size
+        H D is the width of all heads, n_embd in a GPT-2. Recomputation (remat) does not count."""
+        attention = 12 * self.n_layer * self.n_head * self.head_dim * self.block_size
         return 6 * self.num_params(embeddings=False) + attention
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "GPTConfig":
+        """Return the config that dataclasses.asdict has made these fields of, perhaps through JSON.
+
+        A field that is missing, since the version that wrote it had none, has its default."""
+        scaling = fields.get("rope_scaling")
+        if scaling is not None:
+            fields = fields | {"rope_scaling": RopeScaling(**scaling)}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -134,7 +166,7 @@ class TrainConfig:
     """Directory for checkpoints, config.json, meta.json, metrics.jsonl and loss.png."""
     init_from: str = "scratch"
     """scratch; or resume: go on from the latest checkpoint in out_dir, or start if there is none
-    yet; or gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face GPT-2 directory:
+    yet; or gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face directory:
     finetune that model."""
     # Evaluation and logging.
     eval_interval: int = 2000

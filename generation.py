@@ -4,14 +4,14 @@ Start with `Generation.advance`, which is behind GPT.stream and GPT.generate; `p
 are what it runs on the device. The engine (engine.py) is the other way to generate: it serves many
 requests that come and go. Both draw tokens with sampling.draw.
 
-Shapes: B batch, T tokens, C n_embd, H heads, D head_dim = C / H, L layers, V padded vocabulary,
-S cache slots.
+Shapes: B batch, T tokens, C n_embd, H heads, KV heads of keys and values, D head_dim, L layers, V
+padded vocabulary, S cache slots.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,32 @@ from flax import nnx
 
 from config import GPTConfig
 from errors import require
-from ops import einsum
+from ops import einsum, fold_groups, unfold_groups
 from sampling import draw, draw_settings, seed_words
 from sequence import SamplingParams
 
 # Prompt lengths and cache slots are rounded up to a multiple of this: few shapes, few compilations.
 LENGTH_MULTIPLE = 64
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that each row has so far, for all layers.
+
+    KVCache is dense, paged_attention.PagedKVCache is paged. The forward pass does not
+    know which of them it holds."""
+
+    def positions(self, T: int) -> jax.Array:
+        """Return the positions (B, T) of the next T tokens of each row."""
+
+    def attend(
+        self, layer: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, "Cache"]:
+        """Store k, v (B, T, KV, D) of one layer, and attend q to all that it holds.
+
+        Head h of q (B, T, H, D) reads head h // G of the keys. Returns (B, T, H, D)."""
+
+    def advance(self, T: int) -> "Cache":
+        """Count T more tokens, which every layer has stored."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +55,8 @@ class KVCache:
 
     Tokens that `attend` writes count once `advance` has been called, after the last layer."""
 
-    k: jax.Array  # (L, B, H, S, D) in the compute dtype; float32 on CPU
-    v: jax.Array  # (L, B, H, S, D), of the same dtype
+    k: jax.Array  # (L, B, KV, S, D) in the compute dtype; float32 on CPU
+    v: jax.Array  # (L, B, KV, S, D), of the same dtype
     length: jax.Array  # (B,) int32 tokens held
 
     @classmethod
@@ -45,7 +65,7 @@ class KVCache:
 
         XLA on CPU converts a whole bfloat16 array to float32 and back to write into it, so there
         the cache is float32."""
-        shape = (config.n_layer, batch, config.n_head, slots, config.head_dim)
+        shape = (config.n_layer, batch, config.kv_heads, slots, config.head_dim)
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
         return cls(
             k=jnp.zeros(shape, dtype),
@@ -62,22 +82,25 @@ class KVCache:
     ) -> tuple[jax.Array, "KVCache"]:
         """Write k, v of T new tokens; then attend q over what each row holds, itself included.
 
-        A query sees no later token. A token past slot S is not written. q, k, v (B, T, H, D);
-        returns (B, T, H, D) float32 and the extended cache."""
+        A query sees no later token. A token past slot S is not written. q (B, T, H, D), k and v
+        (B, T, KV, D); returns (B, T, H, D) float32 and the extended cache."""
         B, T, H, D = q.shape
+        KV = k.shape[2]
         at = self.positions(T)
 
         def write(slots: jax.Array, new: jax.Array) -> jax.Array:
-            # A slice between advanced indices: the indexed shape is (B, T, H, D), as new has it.
+            # A slice between advanced indices: the indexed shape is (B, T, KV, D), as new has it.
             where = slots.at[layer, jnp.arange(B)[:, None], :, at]
             return where.set(new.astype(slots.dtype), mode="drop")
 
         cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
         dtype = str(self.k.dtype)
-        scores = einsum("bthd,bhsd->bhts", q * D**-0.5, cache.k[layer], dtype)
-        visible = jnp.arange(self.k.shape[3]) <= at[:, None, :, None]  # (B, 1, T, S)
+        q = fold_groups(q * D**-0.5, KV)  # (B, T G, KV, D)
+        scores = einsum("bthd,bhsd->bhts", q, cache.k[layer], dtype)
+        last_seen = jnp.repeat(at, H // KV, axis=1)[:, None, :, None]  # (B, 1, T G, 1)
+        visible = jnp.arange(self.k.shape[3]) <= last_seen
         probs = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-        return einsum("bhts,bhsd->bthd", probs, cache.v[layer], dtype), cache
+        return unfold_groups(einsum("bhts,bhsd->bthd", probs, cache.v[layer], dtype), T), cache
 
     def advance(self, T: int) -> "KVCache":
         """Count the T tokens that every layer has written."""
@@ -119,6 +142,7 @@ class Sampling:
             position,
             draws=self.draws,
             restricts=self.restricts,
+            is_native=False,
             **self.settings,
         )
 
@@ -163,7 +187,7 @@ def prefill(
     return cache, sampling.draw(model.logits(last)[:, 0], positions)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "stop_token", "burst"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("graphdef", "stop_tokens", "burst"), donate_argnames=("cache",))
 def decode(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -173,7 +197,7 @@ def decode(
     sampling: Sampling,
     done: jax.Array,
     steps: int | jax.Array,
-    stop_token: int | None,
+    stop_tokens: tuple[int, ...],
     burst: int,
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Run up to `steps` <= burst decoding steps in one device loop, fewer once every row is done.
@@ -190,7 +214,7 @@ def decode(
         i, cache, token, new, done = state
         logits, cache = model(token[:, None], cache)
         token = sampling.draw(logits[:, 0], positions + i)
-        if stop_token is not None:
+        for stop_token in stop_tokens:
             done = done | (token == stop_token)
         return i + 1, cache, token, new.at[:, i].set(token), done
 
@@ -215,17 +239,18 @@ class Generation:
         sampling: Sampling,
         *,
         max_new_tokens: int,
-        stop_token: int | None,
+        stop_tokens: tuple[int, ...],
         burst: int,
     ):
         """Begin with `prompts`; graphdef and params are the two halves of a GPT of `config`.
 
-        burst: new tokens per device call, at most. Nothing runs before `advance`."""
+        stop_tokens: each ends a row. burst: new tokens per device call, at most. Nothing runs
+        before `advance`."""
         self.graphdef = graphdef
         self.params = params
         self.block_size = config.block_size
         self.sampling = sampling
-        self.stop_token = stop_token
+        self.stop_tokens = stop_tokens
         self.burst = burst
         self.rows = [list(map(int, prompt)) for prompt in prompts]  # grow past a stop token too
         self.done = np.zeros(len(self.rows), bool)  # rows that have had their stop token
@@ -286,7 +311,7 @@ class Generation:
             self.sampling,
             self.done,
             steps,
-            self.stop_token,
+            self.stop_tokens,
             self.burst,
         )
         return np.asarray(new)[:, : int(steps_run)]
@@ -297,11 +322,19 @@ class Generation:
         for b, tokens in enumerate(new):
             self.rows[b] += tokens
             taken = tokens
-            if self.stop_token is not None and self.stop_token in tokens:
-                taken = tokens[: tokens.index(self.stop_token) + 1]
+            ends = [i for i, token in enumerate(tokens) if token in self.stop_tokens]
+            if ends:
+                taken = tokens[: ends[0] + 1]
             fresh.append([] if self.done[b] else taken)
-            self.done[b] |= self.stop_token in taken
+            self.done[b] |= bool(ends)
         return fresh
+
+
+def tuple_of(stop_token: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the tokens that end a row: one, several or none."""
+    if stop_token is None:
+        return ()
+    return (stop_token,) if isinstance(stop_token, int) else stop_token
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -8,7 +8,8 @@ moves the weights, or, along the axis "layers", as a pipeline (see training/pipe
 Mesh axes and PartitionSpecs are named in this file and nowhere else. All axes are of type Auto: XLA
 derives the shardings of what is computed from those of its inputs and from the hints given here.
 
-Shapes: B batch, T tokens, C n_embd, L layers, V padded vocabulary.
+Shapes: B batch, T tokens, C n_embd, H heads of D, W width of the MLP, L layers, V padded
+vocabulary.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from config import TrainConfig
+from config import GPTConfig, TrainConfig
 from errors import require
 from ops import save_activations
 from training.pipeline import pipeline, run_layers
@@ -76,14 +77,18 @@ GATHERED = ("fsdp", "layers")
 # The end of a parameter's path -> how it lies on the mesh. What is not here is replicated.
 SPECS = {
     "wte.embedding": P("tensor", GATHERED),  # (V, C)
+    "lm_head.embedding": P("tensor", GATHERED),  # (V, C)
     "wpe.embedding": P(None, GATHERED),  # (block_size, C)
     # These are of one layer. The stack of all layers has "layers" in front.
-    # c_attn is (C, 3C), with q, k and v side by side, and is cut by rows: see `gather`.
+    # c_attn is (C, 3C), with q, k and v side by side, or more parts of q where heads share keys. It
+    # is cut by rows: see `gather`.
     "attn.c_attn.kernel": P(("fsdp", "tensor"), None),
-    "attn.c_proj.kernel": P("tensor", "fsdp"),  # (C, C)
-    "mlp.c_fc.kernel": P("fsdp", "tensor"),  # (C, 4C)
-    "mlp.c_fc.bias": P("tensor"),  # (4C,)
-    "mlp.c_proj.kernel": P("tensor", "fsdp"),  # (4C, C)
+    "attn.c_proj.kernel": P("tensor", "fsdp"),  # (C, C), in general (H D, C)
+    "mlp.c_fc.kernel": P("fsdp", "tensor"),  # (C, W), W = 4C in a GPT-2
+    "mlp.c_fc.bias": P("tensor"),  # (W,)
+    "mlp.c_gate.kernel": P("fsdp", "tensor"),  # (C, W)
+    "mlp.c_gate.bias": P("tensor"),  # (W,)
+    "mlp.c_proj.kernel": P("tensor", "fsdp"),  # (W, C)
 }
 
 # --- From --mesh to a Mesh.
@@ -192,6 +197,8 @@ def require_equal_pieces(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None
     require_divisible(mesh, "batch_size", config.batch_size, ROWS)
     require_divisible(mesh, "n_layer", model.n_layer, ("layers",))
     require_divisible(mesh, "n_head", model.n_head, ("tensor",))
+    require_divisible(mesh, "n_kv_head", model.kv_heads, ("tensor",))
+    require_divisible(mesh, "mlp_width", model.mlp_dim, ("tensor",))
     require_divisible(mesh, "n_embd", model.n_embd, ("fsdp", "tensor"))
     require_divisible(mesh, "n_embd", model.n_embd, GATHERED)
     require_divisible(mesh, "the padded vocab_size", model.padded_vocab_size, ("tensor",))
@@ -359,16 +366,18 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def gather(mesh: Mesh | AbstractMesh, weights: Any) -> Any:
+def gather(mesh: Mesh | AbstractMesh, weights: Any, qkv_parts: int | None = None) -> Any:
     """Return weights as matmuls want them: gathered, and sharded over "tensor" only. Inside jit.
 
-    They are the weights of one layer, or those outside of the layers."""
+    They are the weights of one layer of a model that has so many qkv_parts, or, without, those
+    outside of the layers."""
 
     def gather_one(path: tuple, w: jax.Array) -> jax.Array:
         if path_name(path).endswith("attn.c_attn.kernel"):
             # An equal cut of 3C would hold a q here and a v there: what is stored cut by rows is
-            # used cut by heads.
-            w = constrain(mesh, w, "tensor", None).reshape(len(w), 3, -1)
+            # used cut by heads of keys, each with the queries that read it.
+            assert qkv_parts is not None, "c_attn is a weight of a layer"
+            w = constrain(mesh, w, "tensor", None).reshape(len(w), qkv_parts, -1)
             return constrain(mesh, w, None, None, "tensor").reshape(len(w), -1)
         spec = ["tensor" if axes == "tensor" else None for axes in partition_spec(path)]
         return constrain(mesh, w, *spec)
@@ -381,12 +390,12 @@ def gather(mesh: Mesh | AbstractMesh, weights: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a GPT in training is spread over `mesh`: what model.OneDevice is for one device.
+    """How a GPT in training, of config `model`, is spread over `mesh`.
 
-    `remat` says, as GPTConfig does, whether blocks are recomputed in the backward pass."""
+    It is what model.OneDevice is for one device."""
 
     mesh: Mesh | AbstractMesh
-    remat: bool
+    model: GPTConfig
 
     @property
     def batch_shards(self) -> tuple[int, int]:
@@ -440,13 +449,15 @@ class Layout:
         It tells XLA to gather the weights and to leave the rows where they are: without these hints
         XLA lets the activations follow the weights and sends those through the network instead."""
 
+        qkv_parts = self.model.qkv_parts
+
         def layer(x: jax.Array, keys: jax.Array | None, weights_and_index: tuple) -> jax.Array:
             weights, index = weights_and_index
-            (x, _, _), _ = f((x, None, keys), (gather(self.mesh, weights), index))
+            (x, _, _), _ = f((x, None, keys), (gather(self.mesh, weights, qkv_parts), index))
             return constrain(self.mesh, x, ("data", "fsdp"), "context", None)  # (B, T, C)
 
         if self.mesh.shape["fsdp"] == 1:
             return layer
         # The backward pass gathers the weights again: saved, all layers' would be whole everywhere.
-        policy = None if self.remat else save_activations
+        policy = None if self.model.remat else save_activations
         return jax.checkpoint(layer, prevent_cse=False, policy=policy)

@@ -1,31 +1,31 @@
-"""GPT-2 in Flax NNX, defined once: training calls it without a cache, generation with one.
+"""GPTs in Flax NNX, defined once: training calls them without a cache, generation with one.
 
 Start with `GPT.__call__`, then `Block`, then `CausalSelfAttention`; ops.py holds the arithmetic.
-Names are GPT-2's own (wte, wpe, h, ln_1, attn.c_attn, ...). Precision, stated once: parameters,
-sums, softmax, LayerNorm and loss are float32; the inputs of every matmul are rounded to
+There is one Block: what GPT-2, Llama and Qwen do differently are choices of GPTConfig. Names are
+GPT-2's own (wte, wpe, h, ln_1, attn.c_attn, ...). Precision, stated once: parameters, sums,
+softmax, norms, rotations and loss are float32; the inputs of every matmul are rounded to
 config.dtype (see ops.einsum).
 
-Shapes: B batch, T tokens, C n_embd, H heads, D head_dim = C / H, L layers, V padded vocabulary.
+Shapes: B batch, T tokens, C n_embd, H heads, KV heads of keys and values, G = H / KV, D head_dim, L
+layers, V padded vocabulary.
 """
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import checkpoints
 import pretrained
 from config import Dtype, GPTConfig
 from errors import require
-from generation import Generation, Sampling, check_prompts
-from kernels.packed_linear import PackedLinear, pack_weights, packed_head, round_weights
+from formats.parameters import EMBEDDINGS
+from generation import Cache, Generation, Sampling, check_prompts, tuple_of
+from kernels.packed_linear import PackedLinear, unstack
 from ops import (
     ACTIVATIONS,
     causal_attention,
@@ -33,33 +33,16 @@ from ops import (
     einsum,
     flash_attention,
     mean,
+    rotate,
     saveable,
-    split_into_chunks,
     split_keys,
 )
 from sequence import SamplingParams
 from tokenizer import Tokenizer
+from training.loss import mean_loss
 
 # Nested by the path of the module attribute: {"h": {"ln_1": {"scale": (L, C), ...}, ...}, ...}
 Params = dict[str, Any]
-
-
-class Cache(Protocol):
-    """Keys and values of the tokens that each row has so far, for all layers.
-
-    generation.KVCache is dense, paged_attention.PagedKVCache is paged. The forward pass does not
-    know which of them it holds."""
-
-    def positions(self, T: int) -> jax.Array:
-        """Return the positions (B, T) of the next T tokens of each row."""
-
-    def attend(
-        self, layer: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, "Cache"]:
-        """Store k, v of one layer, and attend q to all that it holds; everything (B, T, H, D)."""
-
-    def advance(self, T: int) -> "Cache":
-        """Count T more tokens, which every layer has stored."""
 
 
 class LayerNorm(nnx.Module):
@@ -79,15 +62,36 @@ class LayerNorm(nnx.Module):
         return x if self.bias is None else x + self.bias[...]
 
 
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean of squares + epsilon) * scale over the last axis, in float32.
+
+    Zhang & Sennrich 2019."""
+
+    def __init__(self, config: GPTConfig, width: int | None = None):
+        """width: of the last axis, n_embd by default."""
+        self.epsilon = config.layer_norm_epsilon
+        self.scale = nnx.Param(jnp.ones(config.n_embd if width is None else width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, ..., width) -> (B, ..., width)"""
+        x = saveable(x)
+        return x * jax.lax.rsqrt(mean(x * x) + self.epsilon) * self.scale[...]
+
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias, with the kernel (in, out) in float32, as GPT-2's Conv1D has it.
 
     Not nnx.Linear, which cannot sum bfloat16 inputs in float32 both forward and backward."""
 
-    def __init__(self, inputs: int, outputs: int, config: GPTConfig):
+    def __init__(self, inputs: int, outputs: int, config: GPTConfig, bias: bool | None = None):
+        """bias: whether there is one, by default as config says."""
+        has_bias = config.bias if bias is None else bias
         self.dtype = config.dtype
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))  # GPT._init_weights fills it
-        self.bias = nnx.Param(jnp.zeros(outputs)) if config.bias else None
+        self.bias = nnx.Param(jnp.zeros(outputs)) if has_bias else None
 
     def __call__(self, x: jax.Array, parts: int = 1) -> jax.Array:
         """(B, T, in) -> (B, T, parts, out / parts) float32; (B, T, out) if there is one part.
@@ -102,12 +106,19 @@ class Linear(nnx.Module):
 
 
 class CausalSelfAttention(nnx.Module):
-    """Multi-head attention of each position to itself and those before it (Vaswani et al. 2017)."""
+    """Multi-head attention of each position to itself and those before it (Vaswani et al. 2017).
+
+    c_attn makes G + 2 parts, each KV D wide: part g < G has query g of every group of heads, which
+    is head h = kv G + g; then come k and v. So a mesh cuts all parts alike, by heads of keys. With
+    as many heads of keys as of queries these are q, k and v, side by side as GPT-2 has them."""
 
     def __init__(self, config: GPTConfig):
         self.config = config
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config)
-        self.c_proj = Linear(config.n_embd, config.n_embd, config)
+        width = config.qkv_parts * config.kv_heads * config.head_dim
+        self.c_attn = Linear(config.n_embd, width, config, bias=config.has_qkv_bias)
+        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, config)
+        self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
 
     def __call__(
         self,
@@ -122,42 +133,68 @@ class CausalSelfAttention(nnx.Module):
         Without a cache: causal attention over x. With one: the T tokens extend what `layer` of the
         cache holds, any T >= 1. The keys (B,) are for dropout, of the probabilities and of the
         output."""
-        B, T, C = x.shape
-        H, D = self.config.n_head, self.config.head_dim
-        query_key_value = jnp.moveaxis(self.c_attn(x, parts=3), 2, 0)  # (3, B, T, C)
-        q, k, v = (part.reshape(B, T, H, D) for part in query_key_value)
+        B, T, _ = x.shape
+        q, k, v = self.query_key_value(x, jnp.arange(T) if cache is None else cache.positions(T))
         if cache is not None:
             y, cache = cache.attend(layer, q, k, v)
         elif self.config.training_attention == "cudnn":
             y = flash_attention(q, k, v, self.config.dtype)
         else:
             y = causal_attention(q, k, v, self.config.dtype, self.config.dropout, probs_keys)
-        y = self.c_proj(y.reshape(B, T, C))
+        y = self.c_proj(y.reshape(B, T, -1))
         return dropout(y, self.config.dropout, output_keys), cache
+
+    def query_key_value(
+        self, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x (B, T, C) -> q (B, T, H, D), k (B, T, KV, D), v (B, T, KV, D), normed and rotated.
+
+        positions (T,) or (B, T)."""
+        config = self.config
+        B, T, _ = x.shape
+        G, D = config.qkv_parts - 2, config.head_dim
+        parts = jnp.moveaxis(self.c_attn(x, parts=G + 2), 2, 0)  # (G + 2, B, T, KV D)
+        *q_parts, k, v = (part.reshape(B, T, -1, D) for part in parts)
+        q = q_parts[0] if G == 1 else jnp.stack(q_parts, 3).reshape(B, T, config.n_head, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.positions == "rotary":
+            q, k = rotate(q, positions, config), rotate(k, positions, config)
+        return q, k, v
 
 
 class MLP(nnx.Module):
-    """Two products with an activation between them, 4 C wide."""
+    """Two products with an activation between them; gated by a third (Shazeer 2020).
+
+    The gate is a matrix of its own, not half of c_fc: so each is cut over a mesh by columns, and is
+    one matrix to Muon."""
 
     def __init__(self, config: GPTConfig):
         self.config = config
         self.activation = ACTIVATIONS[config.activation]
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config)
+        self.c_fc = Linear(config.n_embd, config.mlp_dim, config)
+        self.c_proj = Linear(config.mlp_dim, config.n_embd, config)
+        is_gated = config.mlp == "gated"
+        self.c_gate = Linear(config.n_embd, config.mlp_dim, config) if is_gated else None
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C); keys (B,) for dropout."""
-        hidden = self.activation(saveable(self.c_fc(x)))
+        hidden = saveable(self.c_fc(x))
+        if self.c_gate is not None:
+            hidden = self.activation(saveable(self.c_gate(x))) * hidden
+        else:
+            hidden = self.activation(hidden)
         return dropout(self.c_proj(hidden), self.config.dropout, keys)
 
 
 class Block(nnx.Module):
-    """One pre-LayerNorm transformer block (Radford et al. 2019)."""
+    """One transformer block, which norms what its two layers read (Radford et al. 2019)."""
 
     def __init__(self, config: GPTConfig):
-        self.ln_1 = LayerNorm(config)
+        norm = NORMS[config.norm]
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def __call__(
@@ -185,21 +222,24 @@ ONE_DEVICE = OneDevice()
 
 
 class GPT(nnx.Module):
-    """GPT-2 (Radford et al. 2019): embeddings of tokens and positions, L blocks, LayerNorm, a head.
+    """Embeddings of tokens and, as config says, positions; L blocks, a norm, a head.
 
-    The head is tied to the token embedding. The blocks are one Block whose every parameter has a
-    leading layer axis; the forward pass scans over it, so compile time does not depend on n_layer.
-    `for_inference` unstacks them."""
+    The head's matrix is the token embedding, unless config says otherwise. The blocks are one Block
+    whose every parameter has a leading layer axis; the forward pass scans over it, so compile time
+    does not depend on n_layer. `for_inference` unstacks them."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs, layout: Any = ONE_DEVICE):
         self.config = config
         self.layout = layout
         self.wte = nnx.Embed(config.padded_vocab_size, config.n_embd, rngs=rngs)
-        self.wpe = nnx.Embed(config.block_size, config.n_embd, rngs=rngs)
+        is_learned = config.positions == "learned"
+        self.wpe = nnx.Embed(config.block_size, config.n_embd, rngs=rngs) if is_learned else None
         make_stack = nnx.vmap(lambda _: Block(config), out_axes=0)
         self.h: Any = make_stack(jnp.arange(config.n_layer))  # for_inference: nnx.List of Blocks
-        self.ln_f = LayerNorm(config)
-        self.head: PackedLinear | None = None  # for_inference may pack the token embedding
+        self.ln_f = NORMS[config.norm](config)
+        V = config.padded_vocab_size
+        self.lm_head = None if config.tied_head else nnx.Embed(V, config.n_embd, rngs=rngs)
+        self.head: PackedLinear | None = None  # for_inference may pack the head's matrix
         self._init_weights(rngs)
 
     def _init_weights(self, rngs: nnx.Rngs) -> None:
@@ -216,7 +256,7 @@ class GPT(nnx.Module):
             if name.endswith("c_proj.kernel"):
                 std = std * (2 * self.config.n_layer) ** -0.5
             param = std * jax.random.normal(rngs.params(), param.shape)
-            if name == "wte.embedding":
+            if name in EMBEDDINGS:
                 param = param.at[self.config.vocab_size :].set(0)
             flat[path] = param
         nnx.update(self, nnx.traversals.unflatten_mapping(flat))
@@ -251,7 +291,9 @@ class GPT(nnx.Module):
             key, blocks_key = jax.random.split(dropout_key)
             embedding_keys = jax.random.split(key, B)
         positions = jnp.arange(T) if cache is None else cache.positions(T)
-        x = self.wte(tokens).astype(jnp.float32) + self.wpe(positions).astype(jnp.float32)
+        x = self.wte(tokens).astype(jnp.float32)
+        if self.wpe is not None:
+            x = x + self.wpe(positions).astype(jnp.float32)
         x = dropout(x, self.config.dropout, embedding_keys)
         x, cache = self.blocks(x, cache, blocks_key)
         return self.ln_f(x), None if cache is None else cache.advance(T)
@@ -299,14 +341,19 @@ class GPT(nnx.Module):
         )
         return x, cache
 
+    @property
+    def head_matrix(self) -> jax.Array:
+        """What the last hidden state is multiplied by: (V, C)."""
+        return (self.wte if self.lm_head is None else self.lm_head).embedding[...]
+
     def logits(self, x: jax.Array, head: jax.Array | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, V) float32. head (V, C): instead of the token embedding.
+        """(B, T, C) -> (B, T, V) float32. head (V, C): instead of head_matrix.
 
         The padding of the vocabulary is -inf, so it has no probability anywhere."""
         if self.head is not None:
             return self.head(x)
         if head is None:
-            head = self.wte.embedding[...]
+            head = self.head_matrix
         logits = einsum("btc,vc->btv", x, head, self.config.dtype)
         V = self.config.padded_vocab_size
         if V == self.config.vocab_size:
@@ -327,34 +374,7 @@ class GPT(nnx.Module):
         time, in the backward pass too, where they are computed again: (B, T, V) in float32 is never
         held."""
         x, _ = self.hidden(tokens, dropout_key=dropout_key)
-        count = jnp.maximum((targets >= 0).sum(), 1)
-        if chunks == 1:
-            return self._loss_sum(x, targets) / count
-        return self._chunked_loss_sum(x, targets, chunks) / count
-
-    def _loss_sum(
-        self, x: jax.Array, targets: jax.Array, head: jax.Array | None = None
-    ) -> jax.Array:
-        """Return the sum of the losses of targets (B, T) given x (B, T, C); see logits for head."""
-        losses = optax.softmax_cross_entropy_with_integer_labels(self.logits(x, head), targets)
-        return jnp.where(targets >= 0, losses, 0).sum()
-
-    def _chunked_loss_sum(self, x: jax.Array, targets: jax.Array, chunks: int) -> jax.Array:
-        """Return _loss_sum, computed for T / chunks positions at a time.
-
-        Each shard of the batch has a head of its own, where it is: the chunks add up the head's
-        gradient there, and what goes through the network is the sum over chunks."""
-        R, K = self.layout.batch_shards
-        embedding = self.wte.embedding[...]
-        heads = jnp.broadcast_to(embedding, (R * K, *embedding.shape))
-
-        @partial(jax.checkpoint, prevent_cse=False)
-        def chunk_loss(x_and_targets: tuple[jax.Array, jax.Array]) -> jax.Array:
-            x, targets = x_and_targets  # (R K, B / R, T / K / chunks, ...)
-            return jax.vmap(self._loss_sum)(x, targets, heads).sum()
-
-        split = partial(split_into_chunks, chunks=chunks, row_shards=R, position_shards=K)
-        return jax.lax.map(chunk_loss, (split(x), split(targets))).sum()
+        return mean_loss(self, x, targets, chunks)
 
     def for_inference(self, dtype: Dtype | None = None, *, packing: str | None = None) -> "GPT":
         """Return a copy to generate with: the same logits up to the rounding of the weights.
@@ -364,21 +384,7 @@ class GPT(nnx.Module):
         kernels/cpu_kernels.py returned. There is one Block per layer instead of a stack, whose
         slices a CPU copies at every step."""
         config = dataclasses.replace(self.config, dtype=dtype or self.config.dtype)
-        model = GPT.from_params(config, self.params())
-        graphdef, weights = nnx.split(model.h)
-        layers = []
-        for i in range(config.n_layer):
-            block = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(i), weights))
-            if packing is None:
-                round_weights(block, config.dtype)
-            else:
-                pack_weights(block, packing)
-            layers.append(block)
-        model.h = nnx.List(layers)
-        if packing is not None:
-            model.head = nnx.data(packed_head(model, packing))
-        round_weights(model, config.dtype)  # the embeddings: all others are
-        return model
+        return unstack(GPT.from_params(config, self.params()), packing)
 
     def params(self) -> Params:
         """Return the parameters as a nested dict of arrays."""
@@ -425,11 +431,11 @@ class GPT(nnx.Module):
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop_token: int | None = None,
+        stop_token: int | tuple[int, ...] | None = None,
     ) -> list[list[int]]:
         """Continue prompts of any, also different, lengths; return each with its new tokens.
 
-        A row gets up to max_new_tokens and ends with stop_token. temperature, top_k, top_p and
+        A row gets up to max_new_tokens and ends with a stop_token. temperature, top_k, top_p and
         min_p mean what they mean in SamplingParams. The token at position n of row b is a function
         of (seed + b, n) and its distribution: it does not depend on the other rows, and is the one
         that Engine draws for a request with that seed. When a row outgrows block_size, its oldest
@@ -460,7 +466,7 @@ class GPT(nnx.Module):
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop_token: int | None = None,
+        stop_token: int | tuple[int, ...] | None = None,
         burst: int = 16,
     ) -> Iterator[list[list[int]]]:
         """Yield the new tokens of each row as they come, up to `burst` at a time.
@@ -476,7 +482,7 @@ class GPT(nnx.Module):
             prompts,
             Sampling.create(settings, seed, len(prompts), self.config.vocab_size),
             max_new_tokens=max_new_tokens,
-            stop_token=stop_token,
+            stop_tokens=tuple_of(stop_token),
             burst=burst,
         )
         return generation.bursts()

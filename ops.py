@@ -1,18 +1,26 @@
 """The arithmetic that the model is made of: products, means, dropout, attention; no parameters.
 
-Shapes: B batch, T tokens, C n_embd, H heads, D head_dim = C / H.
+Shapes: B batch, T tokens, C n_embd, H heads, KV heads of keys and values, D head_dim.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from config import GPTConfig
 from errors import require
+
+
+def squared_relu(x: jax.Array) -> jax.Array:
+    """Return max(x, 0) squared (So et al. 2021)."""
+    return jnp.square(jax.nn.relu(x))
+
 
 # Checkpointed, so that training keeps the argument alone: 4 bytes a number, where the derivative of
 # gelu_new would keep 20.
@@ -20,6 +28,7 @@ ACTIVATIONS = {
     "gelu_new": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),  # GPT-2's, the tanh form
     "gelu": jax.checkpoint(partial(jax.nn.gelu, approximate=False)),  # exact, by erf
     "relu": jax.checkpoint(jax.nn.relu),
+    "relu2": jax.checkpoint(squared_relu),
     "silu": jax.checkpoint(jax.nn.silu),
 }
 
@@ -140,6 +149,49 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     return jnp.where(mask, x / (1 - rate), 0)
 
 
+def rotary_frequencies(config: GPTConfig) -> np.ndarray:
+    """Return the angle, in radians, by which each pair of a head turns from a position to the next.
+
+    (D / 2,) float32. rope_scaling slows the slow ones down, see RopeScaling."""
+    D = config.head_dim
+    frequencies = config.rope_theta ** (-np.arange(0, D, 2) / D)  # float64
+    scaling = config.rope_scaling
+    if scaling is not None:
+        waves = frequencies * scaling.original_max_position_embeddings / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((waves - low) / (high - low), 0, 1)  # 1 where waves are short
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotate(x: jax.Array, positions: jax.Array, config: GPTConfig) -> jax.Array:
+    """Turn queries or keys x (B, T, H, D) by their positions (B, T) or (T,), in float32.
+
+    Number i of a head makes a pair with number i + D / 2, as Hugging Face has it, not with its
+    neighbour. Su et al. 2021."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]  # (..., T, 1, D / 2)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def fold_groups(q: jax.Array, kv_heads: int) -> jax.Array:
+    """(B, T, H, D) -> (B, T G, KV, D): the G = H / KV heads that read one head of keys, in turn.
+
+    Head h reads the keys of head h // G. So attention has as many heads of queries as of keys, and
+    G queries at each position; with G = 1 nothing changes."""
+    B, T, H, D = q.shape
+    by_group = q.reshape(B, T, kv_heads, H // kv_heads, D).swapaxes(2, 3)
+    return by_group.reshape(B, -1, kv_heads, D)
+
+
+def unfold_groups(y: jax.Array, T: int) -> jax.Array:
+    """(B, T G, KV, D) -> (B, T, H, D): undo fold_groups."""
+    B, rows, kv_heads, D = y.shape
+    by_group = y.reshape(B, T, rows // T, kv_heads, D).swapaxes(2, 3)
+    return by_group.reshape(B, T, -1, D)
+
+
 def causal_attention(
     q: jax.Array,
     k: jax.Array,
@@ -150,14 +202,16 @@ def causal_attention(
 ) -> jax.Array:
     """Return softmax(q k^T / sqrt(D)) v, each position over itself and those before it.
 
-    q, k, v (B, T, H, D); returns (B, T, H, D) float32. Dropout at `rate` on the probabilities, with
-    keys (B,). Vaswani et al. 2017."""
+    q (B, T, H, D), k and v (B, T, KV, D); returns (B, T, H, D) float32. Dropout at `rate` on the
+    probabilities, with keys (B,). Vaswani et al. 2017; fewer heads of keys: Ainslie et al. 2023."""
     T, D = q.shape[1], q.shape[3]
-    q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))  # (B, H, T, D)
+    q = fold_groups(q * D**-0.5, k.shape[2])  # (B, T G, KV, D)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, KV, T, D), of q T G
     scores = einsum("bhtd,bhsd->bhts", q, k, dtype)
-    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
+    visible = jnp.repeat(jnp.tril(jnp.ones((T, T), bool)), q.shape[2] // T, axis=0)  # (T G, T)
+    scores = jnp.where(visible, scores, -jnp.inf)
     probs = dropout(jax.nn.softmax(saveable(scores)), rate, dropout_keys)
-    return einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2)
+    return unfold_groups(einsum("bhts,bhsd->bhtd", probs, v, dtype).swapaxes(1, 2), T)
 
 
 def flash_attention(
@@ -169,7 +223,8 @@ def flash_attention(
 ) -> jax.Array:
     """Return causal_attention, rounded to dtype, without its scores in memory (Dao et al. 2022).
 
-    q, k, v (B, T, H, D); returns (B, T, H, D) float32. cuDNN's kernel runs on NVIDIA GPUs only."""
+    q (B, T, H, D), k and v (B, T, KV, D); returns (B, T, H, D) float32. cuDNN's kernel runs on
+    NVIDIA GPUs only."""
     q, k, v = (saveable(x.astype(dtype)) for x in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     return y.astype(jnp.float32)
@@ -200,12 +255,14 @@ def problem_with_cudnn(config: GPTConfig, alone: bool) -> str | None:
     if jax.default_backend() != "gpu":
         return "it needs an NVIDIA GPU"
 
-    def attention_sum(q: jax.Array) -> jax.Array:
-        return flash_attention(q, q, q, config.dtype).sum()
+    def attention_sum(q: jax.Array, k: jax.Array) -> jax.Array:
+        return flash_attention(q, k, k, config.dtype).sum()
 
-    q = jnp.ones((1, config.block_size, config.n_head, config.head_dim), config.dtype)
+    T, D = config.block_size, config.head_dim
+    q = jnp.ones((1, T, config.n_head, D), config.dtype)
+    k = jnp.ones((1, T, config.kv_heads, D), config.dtype)
     try:
-        jax.block_until_ready(jax.jit(jax.grad(attention_sum))(q))
+        jax.block_until_ready(jax.jit(jax.grad(attention_sum, (0, 1)))(q, k))
     except Exception as error:  # whatever cuDNN, its driver or its version have to say
         return repr(error)
     return None

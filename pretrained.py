@@ -1,8 +1,9 @@
-"""GPT-2 weights in from Hugging Face's form and out to it, as numpy arrays. No JAX in here.
+"""Weights in from Hugging Face's form and out to it, as numpy arrays. No JAX in here.
 
-Start with `read`: it finds the directory (`fetch`), understands its config.json (`read_config`),
-opens its tensors without loading them (`open_checkpoint`) and loads one parameter at a time
-(`read_parameter`). `write` is the way back. formats/hugging_face.py opens the single files.
+Start with `read`: it finds the directory (`fetch`), understands its config.json, opens its tensors
+without loading them (`open_checkpoint`) and loads one parameter at a time (`read_parameter`).
+`read_family` does the same with tensors from elsewhere; `write` is the way back. What families of
+models there are is in formats/families.py; formats/hugging_face.py opens the single files.
 
 This is apart from model.py because most of it is about the Hub, foreign names and what can be wrong
 with a file; the model sees finished arrays. A checkpoint is data from strangers: names, shapes,
@@ -10,7 +11,7 @@ dtypes and sizes are checked before anything is allocated, nothing in it is exec
 wrong raises UserError with one sentence.
 
 A *path* is our dotted name of a parameter, the layers stacked: h.attn.c_attn.kernel. A *name* is
-Hugging Face's name of a tensor, of one layer: h.0.attn.c_attn.weight. C is the embedding width.
+Hugging Face's name of a tensor, of one layer: h.0.attn.c_attn.weight.
 """
 
 import contextlib
@@ -19,15 +20,27 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from config import GPTConfig
 from errors import UserError, require
+from formats.families import (
+    FAMILIES,
+    HEAD,
+    Family,
+    cut,
+    family_of,
+    hf_config,
+    layers_of,
+    names_of,
+    read_config,
+    tensor_shapes,
+)
 from formats.hugging_face import (
     StoredTensor,
     WeightFiles,
@@ -37,34 +50,20 @@ from formats.hugging_face import (
     quote_some,
     save_json,
 )
+from formats.parameters import EMBEDDINGS, parameter_shapes
 from tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
-ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 # The fields of GPTConfig that may differ from the checkpoint's. block_size may only shrink;
 # bias=False needs biases of zero.
 OVERRIDES = ("dropout", "block_size", "bias", "vocab_multiple", "dtype", "remat", "scan_unroll")
-# Our sizes and the fields of config.json that hold them.
-HF_SIZES = {
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
-# Fields of config.json that GPTConfig cannot express, with the one value that is implemented,
-# which is also transformers' default.
-HF_FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-# Causal masks, which old versions of transformers saved with the weights.
-HF_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+# Causal masks and rotary angles, which old versions of transformers saved with the weights.
+HF_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")
 DTYPES = ("F32", "F16", "BF16")
+
+Params = dict[str, Any]  # as GPT.params() has them
 
 
 # Reading a model
@@ -72,75 +71,135 @@ DTYPES = ("F32", "F16", "BF16")
 
 def read(
     name_or_dir: str | Path, *, put: Callable[[np.ndarray], Any] = np.asarray, **overrides: Any
-) -> tuple[GPTConfig, dict[str, Any]]:
-    """Return the config and the parameters of a GPT-2 in Hugging Face's form.
+) -> tuple[GPTConfig, Params]:
+    """Return the config and the parameters of a model in Hugging Face's form.
 
     name_or_dir is gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face Hub or its cache,
-    or a directory (./gpt2 is a directory). overrides are fields of GPTConfig, see OVERRIDES; as in
-    nanoGPT, dropout is 0 unless overridden. A checkpoint always has biases; bias=False leaves them
-    out if all are zero, as `write` makes them.
+    or a directory (./gpt2 is a directory) of one of FAMILIES. overrides are fields of GPTConfig,
+    see OVERRIDES; as in nanoGPT, dropout is 0 unless overridden. A GPT-2 always has biases;
+    bias=False leaves them out if all are zero, as `write` makes them.
 
     The parameters are as GPT.params() has them: a nested dict of float32 arrays, layers stacked,
-    wte padded with zeros. put takes each finished array, so that no second copy of the weights need
-    exist. Raises UserError."""
+    the vocabulary padded with zeros. put takes each finished array, so that no second copy of the
+    weights need exist. Raises UserError."""
     directory = fetch(name_or_dir, "config.json", "model.safetensors")
     weights = find_weights(directory)
-    stored = read_config(directory / "config.json")
+    family, stored = stored_model(directory)
     config = apply_overrides(stored, overrides)
-    tensors = open_checkpoint(directory, weights, stored)
-    drop_tied_head(directory, tensors)
-    params = {}
-    for path in tqdm(largest_first(stored), desc=f"reading {name_or_dir}", disable=None):
-        array = read_parameter(tensors, path, stored, config)
-        if path.endswith(".bias") and not config.bias:
-            require(not array.any(), f"bias=False, but the biases in {directory} are not zero")
-        else:
-            params[path] = put(array)
-        del array  # before the next one is read
-    return config, nested(params)
+    tensors = open_checkpoint(directory, weights, family, stored)
+
+    def take(name: str) -> np.ndarray:
+        return tensors.pop(name).read()  # popped, so that torch's memory is freed
+
+    if stored.tied_head and HEAD in tensors:
+        require_tied(family, take(HEAD), tensors[names_of(family, "wte.embedding", 0)[0]].read())
+    source = Source(family, stored, take, str(name_or_dir))
+    return config, read_parameters(source, config, put)
 
 
-def largest_first(config: GPTConfig) -> list[str]:
-    """Return the paths of all parameters, the largest first.
+def stored_model(directory: Path) -> tuple[Family, GPTConfig]:
+    """Return the family and the config of the model in a directory. Raises UserError."""
+    path = directory / "config.json"
+    return read_config(load_json(path), str(path))
+
+
+def read_family(
+    hf_config: dict[str, Any],
+    tensors: Mapping[str, Any],
+    *,
+    label: str = "the model",
+    put: Callable[[np.ndarray], Any] = np.asarray,
+    **overrides: Any,
+) -> tuple[GPTConfig, Params]:
+    """Return what `read` does, of a model whose tensors are not in Hugging Face's files.
+
+    hf_config is what its config.json would hold. tensors are by Hugging Face's names and of its
+    shapes; each value, which numpy.asarray must be able to make an array of, is looked up once and
+    dropped before the next one, so it may be made then. label stands for the model in messages.
+    Raises UserError."""
+    family, stored = read_config(hf_config, label)
+    config = apply_overrides(stored, overrides)
+    names = {name.removeprefix(family.prefix): name for name in tensors}
+    require_names(label, names, family, stored)
+    shapes = tensor_shapes(family, stored)
+
+    def take(name: str) -> np.ndarray:
+        array = np.asarray(tensors[names[name]])
+        require(
+            array.shape == shapes[name],
+            f"{label}: {names[name]} is {array.shape}, not {shapes[name]}",
+        )
+        require(bool(np.isfinite(array).all()), f"{label}: {names[name]} holds NaN or infinity")
+        return array
+
+    return config, read_parameters(Source(family, stored, take, label), config, put)
+
+
+class Source(NamedTuple):
+    """Where parameters come from."""
+
+    family: Family
+    config: GPTConfig
+    """The model as it is stored, without overrides."""
+    take: Callable[[str], np.ndarray]
+    """Returns the tensor of a name, which is asked for once."""
+    label: str
+    """What it is, for messages."""
+
+
+def read_parameters(source: Source, config: GPTConfig, put: Callable[[np.ndarray], Any]) -> Params:
+    """Return all parameters that config asks for, the largest first, each through `put`.
 
     Each array exists twice while `put` copies it: the largest are read while there is room."""
+    shapes = parameter_shapes(source.config)
     sizes = {
-        path: len(hf_names(path, config.n_layer)) * math.prod(shape)
-        for path, shape in parameter_shapes(config).items()
+        path: len(layers_of(path, source.config)) * math.prod(shape)
+        for path, shape in shapes.items()
     }
-    return sorted(sizes, key=sizes.__getitem__, reverse=True)
+    largest_first = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    params = {}
+    wanted = parameter_shapes(config)
+    for path in tqdm(largest_first, desc=f"reading {source.label}", disable=None):
+        array = read_parameter(source, path, config)
+        if path in wanted:
+            params[path] = put(array)
+        else:
+            require(not array.any(), f"bias=False, but the biases in {source.label} are not zero")
+        del array  # before the next one is read
+    return nested(params)
 
 
-def read_parameter(
-    tensors: dict[str, StoredTensor], path: str, stored: GPTConfig, config: GPTConfig
-) -> np.ndarray:
-    """Return a parameter, float32, read from its tensors, which leave the dict.
+def read_parameter(source: Source, path: str, config: GPTConfig) -> np.ndarray:
+    """Return a parameter, float32, made of its tensors.
 
     The embeddings get the rows that config asks for: rows beyond are left out, missing ones are
     zeros. A parameter under h has the layers stacked in front."""
-    names = hf_names(path, stored.n_layer)
-    rows, *columns = parameter_shapes(stored)[path]
-    if path == "wte.embedding":
+    rows, *columns = parameter_shapes(source.config)[path]
+    if path in EMBEDDINGS:
         rows = config.padded_vocab_size
     elif path == "wpe.embedding":
         rows = config.block_size
-    stacked = np.zeros((len(names), rows, *columns), np.float32)
-    for layer, name in zip(stacked, names, strict=True):
-        values = tensors.pop(name).read()[:rows]
-        layer[: len(values)] = values
+    layers = layers_of(path, source.config)
+    stacked = np.zeros((len(layers), rows, *columns), np.float32)
+    for i, layer in zip(layers, stacked, strict=True):
+        views = cut(source.family, path, layer, source.config)
+        for name, view in zip(names_of(source.family, path, i), views, strict=True):
+            values = source.take(name)
+            if path.endswith("kernel") and source.family.kernels_transposed:
+                values = values.T
+            if path.endswith("embedding"):
+                values = values[:rows]
+                view = view[: len(values)]
+            view[...] = values.reshape(view.shape)
     return stacked if path.startswith("h.") else stacked[0]
 
 
-def drop_tied_head(directory: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Take lm_head.weight, if there is one, out of tensors.
-
-    Raises UserError unless it is wte.weight once more."""
-    if "lm_head.weight" not in tensors:
-        return
-    head = tensors.pop("lm_head.weight").read()
+def require_tied(family: Family, head: np.ndarray, embedding: np.ndarray) -> None:
+    """Raise UserError unless a head that is to be tied is the token embedding once more."""
+    [name] = names_of(family, "wte.embedding", 0)
     require(
-        np.array_equal(head, tensors["wte.weight"].read()),
-        f"{directory}: lm_head.weight is not wte.weight; only a tied head is implemented",
+        np.array_equal(head, embedding),
+        f"{HEAD} is not {name}, but tie_word_embeddings is true; only one of the two can be",
     )
 
 
@@ -225,72 +284,7 @@ class FirstWarning(logging.Filter):
         return True
 
 
-# config.json
-
-
-def read_config(path: Path) -> GPTConfig:
-    """Return Hugging Face's config.json as a GPTConfig.
-
-    Raises UserError, naming the field, for what is not implemented."""
-    hf = load_json(path)
-    require_fixed_fields(path, hf)
-    sizes = read_sizes(path, hf)
-    inner = hf.get("n_inner")
-    width = 4 * sizes["n_embd"]
-    require(
-        inner in (None, width),
-        f"{path}: n_inner={inner!r} is not implemented, only 4 n_embd = {width}",
-    )
-    activation = hf.get("activation_function", "gelu_new")
-    require(
-        activation in ACTIVATIONS,
-        f"{path}: activation_function={activation!r} is not implemented, only "
-        f"{', '.join(ACTIVATIONS)}",
-    )
-    epsilon = hf.get("layer_norm_epsilon", 1e-5)
-    require(
-        type(epsilon) is float and 0 < epsilon < 1,
-        f"{path}: layer_norm_epsilon={epsilon!r} is not in (0, 1)",
-    )
-    return GPTConfig(**sizes, activation=activation, layer_norm_epsilon=epsilon)
-
-
-def require_fixed_fields(path: Path, hf: dict[str, Any]) -> None:
-    """Raise UserError unless this is a GPT-2 of the one kind that is implemented."""
-    fields = {"model_type": None, **HF_FIXED, **hf}
-    for key, implemented in {"model_type": "gpt2", **HF_FIXED}.items():
-        require(
-            fields[key] == implemented,
-            f"{path}: {key}={fields[key]!r} is not implemented, only {implemented!r}",
-        )
-
-
-def read_sizes(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the sizes in config.json by our names."""
-    sizes = {}
-    for ours, theirs in HF_SIZES.items():
-        n = hf.get(theirs)
-        require(
-            type(n) is int and n > 0,  # not isinstance: true is an int to Python
-            f"{path}: {theirs}={n!r} must be a whole number of at least 1",
-        )
-        sizes[ours] = n
-    return sizes
-
-
-def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """Return what config.json says about the model, the special tokens left out."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "torch_dtype": "float32",
-        **{theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()},
-        "n_inner": None,
-        **HF_FIXED,
-        "activation_function": config.activation,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-    }
+# What a user may change
 
 
 def changed(config: GPTConfig) -> dict[str, Any]:
@@ -317,43 +311,16 @@ def apply_overrides(stored: GPTConfig, overrides: dict[str, Any]) -> GPTConfig:
         "positions: it can be made shorter, not longer",
         param="block_size",
     )
+    require(
+        stored.bias or not config.bias,
+        f"bias={config.bias}, but the checkpoint has bias={stored.bias}: biases can be left out, "
+        "not made",
+        param="bias",
+    )
     return config
 
 
-# Names and shapes
-
-
-def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the path of each parameter with its shape in a checkpoint, of one layer under h."""
-    C = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.embedding": (config.vocab_size, C),
-        "wpe.embedding": (config.block_size, C),
-    }
-    for norm in ("h.ln_1", "h.ln_2", "ln_f"):
-        shapes[f"{norm}.scale"] = (C,)
-        shapes[f"{norm}.bias"] = (C,)
-    kernels = {
-        "h.attn.c_attn": (C, 3 * C),
-        "h.attn.c_proj": (C, C),
-        "h.mlp.c_fc": (C, 4 * C),
-        "h.mlp.c_proj": (4 * C, C),
-    }
-    for linear, (inputs, outputs) in kernels.items():
-        shapes[f"{linear}.kernel"] = (inputs, outputs)
-        shapes[f"{linear}.bias"] = (outputs,)
-    return shapes
-
-
-def hf_names(path: str, n_layer: int) -> list[str]:
-    """Return the names of the tensors that make a parameter.
-
-    wte.embedding -> [wte.weight]; h.ln_1.scale -> [h.0.ln_1.weight, h.1.ln_1.weight, ...]"""
-    name = re.sub(r"\.(kernel|embedding|scale)$", ".weight", path)
-    if not name.startswith("h."):
-        return [name]
-    name_in_layer = name.removeprefix("h.")
-    return [f"h.{i}.{name_in_layer}" for i in range(n_layer)]
+# Trees
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -369,9 +336,11 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def value_at(tree: dict[str, Any], path: str) -> Any:
-    """Return what nested dicts hold at a dotted path."""
-    node = tree
+    """Return what nested dicts hold at a dotted path, None if there is nothing."""
+    node: Any = tree
     for key in path.split("."):
+        if key not in node:
+            return None
         node = node[key]
     return node
 
@@ -380,20 +349,21 @@ def value_at(tree: dict[str, Any], path: str) -> Any:
 
 
 def open_checkpoint(
-    directory: Path, weights: WeightFiles, config: GPTConfig
+    directory: Path, weights: WeightFiles, family: Family, config: GPTConfig
 ) -> dict[str, StoredTensor]:
-    """Return the tensors by name, without "transformer." and without buffers.
+    """Return the tensors by name, without the family's prefix and without buffers.
 
     They are exactly those that config asks for, of the right shape and dtype, and lm_head.weight if
     there is one. Only headers are read; a pytorch_model.bin, however, is loaded whole."""
     tensors: dict[str, StoredTensor] = {}
     for path in weights.paths:
         for name, tensor in weights.open_file(path).items():
-            name = name.removeprefix("transformer.")
+            name = name.removeprefix(family.prefix)
             if not HF_BUFFER.fullmatch(name):
                 require(name not in tensors, f"{path}: {quote_some([name])} is there twice")
                 tensors[name] = tensor
-    require_names_and_shapes(directory, tensors, config)
+    require_names(str(directory), tensors, family, config)
+    require_shapes(str(directory), tensors, family, config)
     wrong = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES]
     require(
         not wrong,
@@ -408,30 +378,38 @@ def open_checkpoint(
     return tensors
 
 
-def require_names_and_shapes(
-    directory: Path, tensors: dict[str, StoredTensor], config: GPTConfig
-) -> None:
-    """Raise UserError unless tensors are those of config, with or without lm_head.weight."""
-    misfit = f"{directory} is not the GPT-2 that its config.json describes"
+def require_names(label: str, names: Iterable[str], family: Family, config: GPTConfig) -> None:
+    """Raise UserError unless these are the names of a model's tensors.
+
+    lm_head.weight may be among them where it is tied."""
+    given = set(names)
+    misfit = f"{label} is not the {family.architecture} that its config.json describes"
     require(
-        config.n_layer <= len(tensors),  # before so many names are made
-        f"{misfit}: n_layer={config.n_layer}, but there are only {len(tensors)} tensors",
+        config.n_layer <= len(given),  # before so many names are made
+        f"{misfit}: n_layer={config.n_layer}, but there are only {len(given)} tensors",
     )
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, shape in parameter_shapes(config).items():
-        expected |= dict.fromkeys(hf_names(path, config.n_layer), shape)
-    missing = expected.keys() - tensors.keys()
-    expected["lm_head.weight"] = expected["wte.weight"]
-    unexpected = tensors.keys() - expected.keys()
+    expected = tensor_shapes(family, config).keys()
+    missing = expected - given
+    unexpected = given - expected - {HEAD}
     require(
         not missing and not unexpected,
         f"{misfit}: missing {quote_some(missing)}; unexpected {quote_some(unexpected)}",
     )
+
+
+def require_shapes(
+    label: str, tensors: dict[str, StoredTensor], family: Family, config: GPTConfig
+) -> None:
+    """Raise UserError unless the tensors have the shapes that config asks for."""
+    expected = tensor_shapes(family, config)
+    [embedding] = names_of(family, "wte.embedding", 0)
+    expected[HEAD] = expected[embedding]
     wrong = [
         f"{name} is {tensor.shape}, not {expected[name]}"
         for name, tensor in tensors.items()
         if tensor.shape != expected[name]
     ]
+    misfit = f"{label} is not the {family.architecture} that its config.json describes"
     require(not wrong, f"{misfit}: {quote_some(wrong)}")
 
 
@@ -454,14 +432,14 @@ def write(
 
     directory = Path(directory)
     require(not directory.exists(), f"{directory} exists already: remove it or name another")
-    tensors = hf_tensors(config, params)
+    model_type, as_theirs = family_of(config)
+    tensors = hf_tensors(FAMILIES[model_type], as_theirs, params)
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    eos_id = None if tokenizer is None else tokenizer.eos_id
-    # Written even where they are null: transformers' default is GPT-2's 50256.
-    special_tokens = {"bos_token_id": eos_id, "eos_token_id": eos_id}
-    save_json(temporary / "config.json", hf_config(config) | special_tokens)
+    special_tokens = hf_special_tokens(tokenizer)
+    description = hf_config(model_type, as_theirs) | special_tokens
+    save_json(temporary / "config.json", description)
     save_json(temporary / "generation_config.json", special_tokens)
     if tokenizer is not None:
         write_tokenizer(temporary, tokenizer, config.block_size)
@@ -471,21 +449,41 @@ def write(
     temporary.rename(directory)
 
 
-def hf_tensors(config: GPTConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return the parameters by Hugging Face's names, which all begin with "transformer.".
+def hf_special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return what config.json and generation_config.json say about begin and end.
 
-    Hugging Face's GPT-2 always has biases: for bias=False they are zeros."""
+    It is written even where it is null: transformers' defaults are others in every family."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    eos_id = tokenizer.eos_id
+    others = sorted(tokenizer.stop_ids - {eos_id})
+    return {
+        "bos_token_id": eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "eos_token_id": [eos_id, *others] if others else eos_id,
+    }
+
+
+def hf_tensors(family: Family, config: GPTConfig, params: Params) -> dict[str, np.ndarray]:
+    """Return the parameters by Hugging Face's names, with the family's prefix.
+
+    Biases that config has and params have not are zeros."""
     tensors = {}
     for path, shape in parameter_shapes(config).items():
-        names = hf_names(path, config.n_layer)
-        if path.endswith(".bias") and not config.bias:
-            layers = np.zeros((len(names), *shape), np.float32)
-        else:
-            array = np.asarray(value_at(params, path))
-            layers = array if path.startswith("h.") else array[None, : shape[0]]
-        assert layers.shape == (len(names), *shape), f"{path} is {layers.shape}"
-        assert layers.dtype == np.float32, f"{path} is {layers.dtype}"
-        layers = np.ascontiguousarray(layers)  # safetensors writes the memory as it lies
-        for name, tensor in zip(names, layers, strict=True):
-            tensors[f"transformer.{name}"] = tensor
+        layers = layers_of(path, config)
+        stored = value_at(params, path)
+        if stored is None and path.endswith(".bias"):
+            stored = np.zeros((len(layers), *shape) if path.startswith("h.") else shape, np.float32)
+        array = np.asarray(stored)
+        stacked = array if path.startswith("h.") else array[None, : shape[0]]
+        assert stacked.shape == (len(layers), *shape), f"{path} is {stacked.shape}"
+        assert stacked.dtype == np.float32, f"{path} is {stacked.dtype}"
+        for i, layer in zip(layers, stacked, strict=True):
+            views = cut(family, path, layer, config)
+            for name, view in zip(names_of(family, path, i), views, strict=True):
+                tensor = view.reshape(*shape[:-1], -1)
+                if path.endswith("kernel") and family.kernels_transposed:
+                    tensor = tensor.T
+                prefix = "" if name == HEAD else family.prefix
+                # safetensors writes the memory as it lies
+                tensors[prefix + name] = np.ascontiguousarray(tensor)
     return tensors

@@ -105,7 +105,7 @@ def initial_state(config: TrainConfig, mesh: Mesh, params: Params | None) -> Tra
     """Make the state at step 0 where it will lie; without params they are initialised."""
     tx = create_optimizer(config)
     params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
-    graphdef = gpt_graphdef(config.model, Layout(mesh, config.model.remat))
+    graphdef = gpt_graphdef(config.model, Layout(mesh, config.model))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

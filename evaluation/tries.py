@@ -3,7 +3,7 @@
 A beginning that several sequences share (the context of four endings, the examples of a few-shot
 task) stands in a row once. Start with `pack`, then read Trie, which takes a cache's place.
 
-Shapes: B rows, T tokens of a row, H heads, D head_dim.
+Shapes: B rows, T tokens of a row, H heads, KV heads of keys and values, D head_dim.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import einsum
+from ops import einsum, fold_groups, unfold_groups
 
 SHORTEST_ROW = 512  # tokens; longer rows are this times a power of two
 OPEN = -1  # the end, in a Row, of a token that the next sequence may still continue
@@ -49,14 +49,16 @@ class Trie:
     ) -> tuple[jax.Array, "Trie"]:
         """Let each token attend to its path.
 
-        q, k, v (B, T, H, D); returns (B, T, H, D) float32, and itself."""
-        q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)  # (B, H, T, D)
+        q (B, T, H, D), k and v (B, T, KV, D); returns (B, T, H, D) float32, and itself."""
+        T = q.shape[1]
+        q = fold_groups(q * q.shape[-1] ** -0.5, k.shape[2]).swapaxes(1, 2)  # (B, KV, T G, D)
         k = k.swapaxes(1, 2)
         v = v.swapaxes(1, 2)
         scores = einsum("bhtd,bhsd->bhts", q, k, self.dtype)
-        scores = jnp.where(self.visible[:, None], scores, -jnp.inf)
+        visible = jnp.repeat(self.visible, q.shape[2] // T, axis=1)  # (B, T G, T)
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
         out = einsum("bhts,bhsd->bhtd", jax.nn.softmax(scores), v, self.dtype)
-        return out.swapaxes(1, 2), self
+        return unfold_groups(out.swapaxes(1, 2), T), self
 
     def advance(self, T: int) -> "Trie":
         """Return itself: nothing comes after a trie."""

@@ -1,5 +1,6 @@
 """What GPT.for_inference does to weights: rounds them, or packs them for the native CPU kernels."""
 
+import operator
 from typing import TYPE_CHECKING
 
 import jax
@@ -52,6 +53,26 @@ def round_weights(module: nnx.Module, dtype: Dtype) -> None:
     nnx.update(module, jax.tree_util.tree_map_with_path(rounded, params))
 
 
+def unstack(model: "GPT", packing: str | None) -> "GPT":
+    """Make a model into the one that GPT.for_inference returns, in place, and return it."""
+    dtype = model.config.dtype
+    graphdef, weights = nnx.split(model.h)
+    layers = []
+    for i in range(model.config.n_layer):
+        block = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(i), weights))
+        if packing is None:
+            round_weights(block, dtype)
+        else:
+            pack_weights(block, packing)
+        layers.append(block)
+    model.h = nnx.List(layers)
+    if packing is not None:
+        model.head = nnx.data(packed_head(model, packing))
+        model.lm_head = None  # a head of its own is read no more
+    round_weights(model, dtype)  # the embeddings: all others are
+    return model
+
+
 def pack_weights(block: "Block", packing: str) -> None:
     """Put a PackedLinear in the place of each Linear of a block.
 
@@ -60,15 +81,19 @@ def pack_weights(block: "Block", packing: str) -> None:
     fuses = activation in ACTIVATIONS
     if fuses:
         block.mlp.activation = as_it_is
+    activated = "c_fc" if block.mlp.c_gate is None else "c_gate"
     for module, name in (
         (block.attn, "c_attn"),
         (block.attn, "c_proj"),
         (block.mlp, "c_fc"),
+        (block.mlp, "c_gate"),
         (block.mlp, "c_proj"),
     ):
         linear = getattr(module, name)
+        if linear is None:  # an MLP without a gate
+            continue
         bias = None if linear.bias is None else linear.bias[...]
-        fused = activation if fuses and name == "c_fc" else "none"
+        fused = activation if fuses and name == activated else "none"
         setattr(module, name, PackedLinear(linear.kernel[...], bias, packing, fused))
 
 
@@ -76,7 +101,7 @@ def packed_head(model: "GPT", packing: str) -> PackedLinear:
     """Return the head of a model, whose bias of -inf masks the padding of the vocabulary."""
     is_padding = jnp.arange(model.config.padded_vocab_size) >= model.config.vocab_size
     bias = jnp.where(is_padding, -jnp.inf, 0.0)
-    return PackedLinear(model.wte.embedding[...].T, bias, packing)
+    return PackedLinear(model.head_matrix.T, bias, packing)
 
 
 def as_it_is(x: jax.Array) -> jax.Array:

@@ -45,6 +45,20 @@ from training.pipeline import pipeline
 from training.skipped_updates import updates_made
 from utils import TrainState
 
+# What Llama and Qwen have and GPT-2 has not, with all that is cut over the mesh.
+MODERN = {
+    "norm": "rmsnorm",
+    "positions": "rotary",
+    "mlp": "gated",
+    "mlp_width": 96,
+    "activation": "silu",
+    "n_kv_head": 2,
+    "head_size": 12,
+    "bias": False,
+    "qkv_bias": True,
+    "qk_norm": True,
+    "tied_head": False,
+}
 CASES = {
     "data:8": EVERYTHING,
     "fsdp:8": PLAIN,
@@ -71,6 +85,16 @@ def test_equals_one_device(layout):
     assert sharded.losses[0] != sharded.losses[-1]
     assert np.isfinite(sharded.losses).all()
     apart = difference(sharded, on_one_device(configure(**CASES[layout])))
+    assert apart.loss < 1e-5, apart
+    assert apart.grad_norm < 1e-5, apart
+    assert apart.params < 1e-5, apart
+
+
+def test_other_choices_equal_one_device():
+    """Catches heads of keys that meet other heads of queries, positions that count from each shard,
+    a gate or a head of its own that is cut otherwise than what it meets."""
+    config = configure(n_layer=2, loss_chunks=2, **MODERN)
+    apart = difference(train_on("fsdp:2,context:2,tensor:2", config), on_one_device(config))
     assert apart.loss < 1e-5, apart
     assert apart.grad_norm < 1e-5, apart
     assert apart.params < 1e-5, apart
@@ -180,7 +204,7 @@ def test_a_plan_has_the_bytes_of_the_state(layout):
 def test_a_plan_counts_the_matmuls():
     """Catches loops counted once, a dot missed in a fusion, layouts that compute the same thing on
     every device, an activation that fsdp computes again because it has no name (ops.saveable). Of
-    6 N + 12 L C T 3 % are no matmuls here, but biases and LayerNorm."""
+    6 N + 12 L H D T 3 % are no matmuls here, but biases and LayerNorm."""
     config = configure()
     flops = {
         layout: matmul_flops(compiled_step(layout, config).as_text())
@@ -192,9 +216,21 @@ def test_a_plan_counts_the_matmuls():
     assert 4 * flops["tensor:4"] == flops["data:1"]
 
 
+def test_heads_that_share_keys_are_divided():
+    """Catches a c_attn that every device along "tensor" computes whole, or a formula for the FLOPs
+    that knows GPT-2's shape only."""
+    config = configure(n_layer=2, **MODERN)
+    alone, divided = (
+        matmul_flops(compiled_step(layout, config).as_text()) for layout in ("data:1", "tensor:2")
+    )
+    tokens = config.batch_size * config.model.block_size
+    assert alone == pytest.approx(tokens * config.model.flops_per_token, rel=0.05)
+    assert 2 * divided == alone
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"dropout": 0.1}, {"dtype": "bfloat16"}, {"activation": "gelu"}, {"remat": True}],
+    [{"dropout": 0.1}, {"dtype": "bfloat16"}, {"activation": "gelu"}, {"remat": True}, MODERN],
 )
 def test_a_plan_has_the_activations(options):
     """Catches an activation that model.py keeps and the estimate does not know, or the other way
@@ -314,6 +350,8 @@ def test_a_run_moves_to_another_mesh(before, after, tmp_path):
         ("rows:8", {}, ["rows:8", "data"]),
         ("data:8", {"batch_size": 12}, ["batch_size=12", "8"]),
         ("data:2,tensor:4", {"n_head": 6, "n_embd": 48}, ["n_head=6", "4"]),
+        ("data:2,tensor:4", {"n_kv_head": 2}, ["n_kv_head=2", "4"]),
+        ("data:2,tensor:4", {"mlp_width": 90}, ["mlp_width=90", "4"]),
         ("data:2,layers:4", {"n_layer": 6}, ["n_layer=6", "4"]),
         ("context:8", {"block_size": 36}, ["block_size=36", "8"]),
         ("tensor:8", {"vocab_multiple": 1, "n_head": 8}, ["vocab_size=250", "8"]),

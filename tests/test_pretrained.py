@@ -234,14 +234,15 @@ def test_export_is_complete_or_invisible(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "field, value, word",
     [
-        ("model_type", "llama", "llama"),
+        ("model_type", "mistral", "mistral"),
         ("model_type", None, "model_type"),
         ("scale_attn_by_inverse_layer_idx", True, "inverse_layer"),
         ("scale_attn_weights", False, "scale_attn"),
         ("add_cross_attention", True, "add_cross_attention"),
-        ("tie_word_embeddings", False, "tie_word"),
+        ("tie_word_embeddings", False, "missing lm_head.weight"),
+        ("tie_word_embeddings", "no", "tie_word"),
         ("activation_function", "mish", "mish"),
-        ("n_inner", 100, "n_inner"),
+        ("n_inner", 100, "c_fc.weight is (48, 192), not (48, 100)"),
         ("n_layer", 2, "unexpected h.2"),
         ("n_layer", 4, "missing h.3"),
         ("n_layer", 10**12, "n_layer=1000000000000"),

@@ -4,7 +4,7 @@ The step is compiled for the mesh, for as many simulated CPU devices as it asks 
 such devices, and the compiled program is read. Nothing of the model's size is allocated, and no
 file is written. Start reading at `report`.
 
-Shapes: A micro-batches of B rows of T tokens, C n_embd, H heads, L layers.
+Shapes: A micro-batches of B rows of T tokens, C n_embd, H heads of D, KV of keys, L layers.
 """
 
 import collections
@@ -171,7 +171,7 @@ def _planned_model(config: TrainConfig) -> GPTConfig:
     meta = config.data_path / "meta.json"
     if config.init_from not in ("scratch", "resume"):
         directory = pretrained.fetch(config.init_from, "config.json")
-        stored = pretrained.read_config(directory / "config.json")
+        _, stored = pretrained.stored_model(directory)
         return pretrained.apply_overrides(stored, pretrained.changed(model))
     if meta.exists():
         return dataclasses.replace(model, vocab_size=read_meta(meta)["vocab_size"])
@@ -207,7 +207,7 @@ def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Activati
     4 C, and all of one block at a time. Pipeline stages keep what they computed in idle ticks too.
     The rest: 12 C for the last LayerNorm and its input; a chunk's logits and their gradient."""
     model = config.model
-    layout = Layout(mesh, model.remat)
+    layout = Layout(mesh, model)
     row_shards, position_shards = layout.batch_shards
     stages, micro_batches = layout.stages(config.batch_size)
     tokens = config.batch_size // row_shards * model.block_size // position_shards
@@ -227,17 +227,23 @@ def block_bytes_per_token(model: GPTConfig, width_shards: int) -> int:
     """Return what one block keeps of one token for the backward pass, on one device.
 
     Korthikanti et al. 2022, section 4, with the numbers that model.py keeps, where an input of a
-    matmul has e bytes and any other number 4: 2 x 8 C for the LayerNorms, 2 e C for what c_attn and
-    c_fc read; and, since tensor parallelism cuts heads and the MLP in W, (4 e C + 4 C (e + f)) / W
-    for q, k, v, what both c_proj read and the f of the activation itself (4 for gelu_new), and
-    (4 + e) T H / W for the softmax. Dropout adds 1 for each number it may drop."""
-    C = model.n_embd
+    matmul has e bytes and any other number 4: 2 x 8 C for the norms, 2 e C for what c_attn and c_fc
+    read; and, since tensor parallelism cuts heads and the MLP, of width M, in W: e (2 H + 2 KV) D
+    for q, k, v and what the attention's c_proj reads, (e + f) M for what the MLP's reads and the f
+    of the activation itself (4 for gelu_new), 8 M for both sides of a gate, which reads e C once
+    more, 8 (H + KV) D for norms of q and k, and (4 + e) T H for the softmax, all of it / W. Dropout
+    adds 1 for each number it may drop."""
+    C, M = model.n_embd, model.mlp_dim
+    queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
     e = jnp.dtype(model.dtype).itemsize
     f = activation_function_bytes(model.activation)
     dropped = int(model.dropout > 0)
-    whole = 16 * C + 2 * (e + dropped) * C
+    readers = 3 if model.mlp == "gated" else 2  # c_attn, c_fc and c_gate
+    whole = 16 * C + (readers * e + 2 * dropped) * C
     softmax = (4 + e + dropped) * model.block_size * model.n_head
-    cut = 4 * e * C + 4 * C * (e + f) + softmax
+    gate = 8 * M if model.mlp == "gated" else 0
+    norms = 8 * (queries + keys) if model.qk_norm else 0
+    cut = 2 * e * (queries + keys) + M * (e + f) + gate + norms + softmax
     return whole + cut // width_shards
 
 
@@ -275,7 +281,7 @@ def report(config: TrainConfig, train_step: jax.stages.Wrapped) -> Iterator[str]
     yield from _state_lines(config, mesh, state)
     if isinstance(mesh, AbstractMesh):
         formula = _formula_flops(config, mesh)
-        yield f"FLOPs        6 N + 12 L C T: {formula:.3e} a step on one device"
+        yield f"FLOPs        6 N + 12 L H D T: {formula:.3e} a step on one device"
         yield (
             f"Nothing was compiled: that takes {mesh.size} devices, if only simulated ones. "
             "On a mesh with a part of data and that part of batch_size each device does the same."
@@ -326,7 +332,7 @@ def _device_tokens(config: TrainConfig, mesh: Mesh | AbstractMesh) -> float:
 
 
 def _formula_flops(config: TrainConfig, mesh: Mesh | AbstractMesh) -> float:
-    """Return the FLOPs of a step on one device by the formula 6 N + 12 L C T for a token."""
+    """Return the FLOPs of a step on one device by the formula 6 N + 12 L H D T for a token."""
     return _device_tokens(config, mesh) * config.model.flops_per_token
 
 
@@ -363,7 +369,7 @@ def _flops_lines(config: TrainConfig, mesh: Mesh, compiled: _CompiledStep) -> It
     tokens = _device_tokens(config, mesh)
     formula = _formula_flops(config, mesh)
     yield "FLOPs of a step on one device"
-    yield f"formula      {formula:.3e}, 6 N + 12 L C T for each of {tokens:,.0f} tokens"
+    yield f"formula      {formula:.3e}, 6 N + 12 L H D T for each of {tokens:,.0f} tokens"
     if compiled.platform == "cpu":  # elsewhere a matmul may be a call of a library
         matmuls = matmul_flops(compiled.hlo)
         yield f"compiled     {matmuls:.3e} in matmuls, {matmuls / formula:.2f} of the formula"

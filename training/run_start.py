@@ -32,8 +32,19 @@ MODEL_FIELDS = (
     "vocab_size",
     "n_layer",
     "n_head",
+    "n_kv_head",
+    "head_size",
     "n_embd",
+    "norm",
+    "positions",
+    "rope_theta",
+    "rope_scaling",
+    "mlp",
+    "mlp_width",
     "bias",
+    "qkv_bias",
+    "qk_norm",
+    "tied_head",
     "activation",
     "layer_norm_epsilon",
     "vocab_multiple",
@@ -152,12 +163,13 @@ def require_same_model(
     """Raise UserError if the run in out_dir has another model than config, or another tokenizer.
 
     meta is the content of the meta.json of the data, which describes its tokenizer."""
-    saved, saved_meta = read_description(out_dir, newest)
+    description, saved_meta = read_description(out_dir, newest)
+    saved = GPTConfig.from_json(description)
     for name in MODEL_FIELDS:
-        value = getattr(config, name)
+        value, saved_value = getattr(config, name), getattr(saved, name)
         require(
-            saved.get(name) == value,
-            f"{name}={value}, but the run in out_dir={out_dir} has {name}={saved.get(name)}",
+            saved_value == value,
+            f"{name}={value}, but the run in out_dir={out_dir} has {name}={saved_value}",
             param=name,
         )
     saved_tokenizer = tokenizer.from_meta(saved_meta, out_dir / "meta.json")
