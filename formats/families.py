@@ -373,18 +373,19 @@ def hf_rope(config: GPTConfig) -> dict[str, Any]:
 def family_of(config: GPTConfig) -> tuple[str, GPTConfig]:
     """Return the model_type to write a model as, and its config as one of that family has it.
 
-    Raises UserError, saying what does not fit the nearest, if none fits."""
-    nearest: list[str] = []
+    Raises UserError, saying what does not fit the nearest ones, if none fits."""
+    all_problems = []
     for model_type, family in FAMILIES.items():
         wanted = as_defaults(with_biases(family, config))
         problems = what_does_not_fit(model_type, wanted)
         if not problems:
             return model_type, wanted
-        if not nearest or len(problems) < len(nearest):
-            nearest = problems
+        all_problems.append(problems)
+    fewest = min(map(len, all_problems))
+    nearest = ["; ".join(problems) for problems in all_problems if len(problems) == fewest]
     raise UserError(
         f"no family of Hugging Face's has such a model ({', '.join(FAMILIES)}), so it cannot be "
-        f"exported: {'; '.join(nearest)}"
+        f"exported: {'; or '.join(nearest)}"
     )
 
 
