@@ -46,6 +46,7 @@ CHECKS = {
     "gelu": partial(tests.test_gelu_new, None),
     "attention": partial(tests.test_attention, None, GQA),
     "token bits": partial(tests.test_tokens_have_the_same_bits, None),
+    "logits": partial(tests.test_rows_of_logits, None, 65),
     "later token": partial(tests.test_a_later_token_changes_nothing, None),
 }
 
@@ -63,7 +64,12 @@ MUTANTS = [
         "r < ROWS; r++) {\n      sums",
         "r < ROWS - 1; r++) {\n      sums",
     ),
-    Mutant("bias of the first panel", "float32", "p.bias + column,", "p.bias + column % PANEL,"),
+    Mutant(
+        "bias of the first panel",
+        "float32",
+        "load<Floats>(p.bias + column)",
+        "load<Floats>(p.bias + column % PANEL)",
+    ),
     Mutant("inputs past the row's end", "bad row", "k < depth; k++", "k < Kind::DEPTH; k++"),
     Mutant(
         "pairs swapped",
@@ -84,7 +90,7 @@ MUTANTS = [
     Mutant(
         "no causal mask",
         "attention",
-        "return a.context_lens[b] + first + i / a.G + 1;",
+        "return seen + i % a_head / a.G;",
         "return stop;",
     ),
     Mutant(
@@ -121,7 +127,23 @@ MUTANTS = [
         "std::clamp<int64_t>(visible(i) - start, 0, LANES)",
         "std::min<int64_t>(stop - start, LANES)",
     ),
+    Mutant(
+        "the first head's pages",
+        "attention",
+        "head * head_numbers * number_bytes",
+        "0 * head_numbers * number_bytes",
+    ),
+    Mutant("a part's last head lost", "attention", "(part + 1) / parts -", "part / parts + 1 -"),
+    Mutant("exponents not shifted", "logits", "n, -INFINITY) - shift)", "n, -INFINITY) - 0)"),
+    Mutant("the last columns lost", "logits", "if (start < n) std", "if (start + LANES < n) std"),
 ]
+if "amx_bf16" in ck.cpu_model():
+    MUTANTS += [
+        Mutant("the left columns twice", "bfloat16", "ps(1, 4, 7)", "ps(1, 4, 6)"),
+        Mutant("the upper rows twice", "bfloat16", "inputs + TILE_ROWS * SLAB", "inputs"),
+        Mutant("half of a slab twice", "bfloat16", " + half % 2 * HALF", ""),
+        Mutant("sums of the block before", "bfloat16", "_tile_zero(3);", ""),
+    ]
 
 
 def plant(mutant: Mutant, directory: Path) -> Path:

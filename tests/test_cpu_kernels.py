@@ -254,6 +254,44 @@ def test_product_of_batches_and_mistakes():
         jax.block_until_ready(ck.product(x, short))
 
 
+# --- Rows of logits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 65, 1000, 50304])
+def test_rows_of_logits(dialect, n):
+    """Catches: columns left out or read past the end where rows do not fill registers; the last of
+    equals; exponents that overflow; padding of -inf that counts."""
+    rng = np.random.default_rng(n)
+    x = (rng.standard_normal((9, n)) * 10.0 ** rng.integers(-2, 3, (9, 1))).astype(np.float32)
+    x[1] += 3e4
+    x[2, n // 2 :] = x[2].max() + 1  # equals
+    x[3, n // 2 + 1 :] = -np.inf
+    largest = np.asarray(ck.first_largest(jnp.asarray(x)))
+    assert largest.tolist() == x.argmax(1).tolist()
+    shifted = x.astype(np.float64) - x.max(1, keepdims=True)
+    expected = x.max(1) + np.log(np.exp(shifted).sum(1))
+    np.testing.assert_allclose(ck.log_sum_exp(jnp.asarray(x)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_of_logits_has_the_same_bits_in_any_company(dialect):
+    """Catches a sum whose order follows the number of rows."""
+    x = np.random.default_rng(0).standard_normal((33, 1003)).astype(np.float32)
+    together = np.asarray(ck.log_sum_exp(jnp.asarray(x)))
+    alone = [np.asarray(ck.log_sum_exp(jnp.asarray(row[None])))[0] for row in x]
+    assert together.tolist() == alone
+
+
+def test_bad_rows_of_logits(dialect):
+    """Catches: NaN that a sum does not show, a place outside of the row, and -inf minus -inf."""
+    x = np.zeros((3, 40), np.float32)
+    x[0] = np.nan
+    x[1, 5] = np.nan
+    x[2] = -np.inf
+    sums = np.asarray(ck.log_sum_exp(jnp.asarray(x)))
+    assert np.isnan(sums[:2]).all() and sums[2] == -np.inf
+    assert np.asarray(ck.first_largest(jnp.asarray(x))).tolist() == [39, 0, 0]
+
+
 # --- Attention over pages ------------------------------------------------------------------------
 
 LAYER = 1  # of 2, the one that is used
