@@ -131,6 +131,17 @@ def test_messages_take_no_special_token_from_the_template(directory):
     assert template.encode(user(f"a{MARK}"), True) == template.encode(user("a"), True)
 
 
+def test_a_special_token_that_begins_with_another(directory):
+    """Catches: the shorter of two special tokens taken where the template writes the longer, which
+    is what the model was trained on."""
+    tokenizer = HFTokenizer.from_directory(directory)
+    template = ChatTemplate("{{ messages[0].content + '<|im_end|>\n\n' }}", tokenizer, {})
+    peer = AutoTokenizer.from_pretrained(directory)
+    ids = template.encode(user("a"), False)
+    assert ids == peer("a<|im_end|>\n\n", add_special_tokens=False).input_ids
+    assert specials(ids) == [SPECIAL.index("<|im_end|>\n\n")]
+
+
 def test_where_templates_come_from(directory, tmp_path):
     """Catches: a flag that the directory's own template overrules, a file format of one of them
     forgotten."""

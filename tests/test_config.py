@@ -14,6 +14,7 @@ from errors import UserError
 from flags import field_docstrings
 from formats.parameters import RopeScaling
 from serving.config import ServeConfig
+from train import tokens_per_update
 from training.presets import TRAIN_PRESETS
 
 CONFIGS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
@@ -67,6 +68,23 @@ def test_every_knob_says_what_it_is(config_class):
     fields = {field.name for field in dataclasses.fields(config_class)} - hidden
     assert fields <= field_docstrings(config_class).keys()
     assert not config_class.__doc__.startswith(f"{config_class.__name__}("), "dataclass wrote it"
+
+
+@pytest.mark.parametrize(
+    "name, sequences, tokens",
+    [
+        ("pystdlib_char", 12, 12 * 128),
+        ("shakespeare_char", 64, 64 * 256),  # nanoGPT's baby GPT
+        ("shakespeare_char_cpu", 12, 12 * 64),  # nanoGPT's recipe for a CPU
+        ("finetune_shakespeare", 32, 32 * 1024),  # nanoGPT's batch_size 1, accumulated 32 times
+        ("gpt2", 480, 491_520),  # nanoGPT's 12 sequences x 5 x 8 GPUs
+    ],
+)
+def test_presets_learn_from_as_much_as_nanogpts(name, sequences, tokens):
+    """Catches a recipe whose learning rate no longer fits its batch."""
+    recipe = TRAIN_PRESETS[name].config
+    assert recipe.batch_size * recipe.gradient_accumulation_steps == sequences
+    assert tokens_per_update(recipe) == tokens
 
 
 @pytest.mark.parametrize("name", TRAIN_PRESETS)

@@ -204,6 +204,19 @@ def test_prompt_logprobs_of_chats(server, n):
         assert told == [expected[name]]
 
 
+def test_an_echoed_prompt_is_scored_for_both_who_ask(server):
+    """Catches: prompt_logprobs that are cut to what logprobs asks of an echoed prompt, or the other
+    way round."""
+    for few, many in ((1, 4), (4, 1)):
+        plain = server.complete(prompt="abc", prompt_logprobs=many, **SAME)["choices"][0]
+        both = server.complete(prompt="abc", prompt_logprobs=many, logprobs=few, echo=True, **SAME)[
+            "choices"
+        ][0]
+        assert both["prompt_logprobs"] == plain["prompt_logprobs"]
+        echoed = server.complete(prompt="abc", logprobs=few, echo=True, **SAME)["choices"][0]
+        assert both["logprobs"] == echoed["logprobs"]
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_continuous_usage(server, path):
     """Catches: chunks without the usage so far, or with another sample's; a last chunk that nobody
