@@ -267,14 +267,13 @@ class Engine:
                 "prompt is text, and this engine has no tokenizer: give it one, or token ids",
                 param="prompt",
             )
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_prompt(prompt)
 
     def _stop_ids(self, params: SamplingParams) -> set[int]:
         """Return the tokens that end a sample."""
         stop_ids = set(params.stop_token_ids)
-        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
-        if eos_id is not None and not params.ignore_eos:
-            stop_ids.add(eos_id)
+        if self.tokenizer is not None and not params.ignore_eos:
+            stop_ids |= self.tokenizer.stop_ids
         return stop_ids
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:

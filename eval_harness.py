@@ -141,17 +141,23 @@ class JAXNanoGPT(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the end of another or, if there is no such
-        token, a newline."""
+        """What stands before a text without context: as with lm-eval's hf, what begins a document
+        or else ends one; a newline, if there is neither."""
+        if self.text.bos_id is not None:
+            return self.text.bos_id
         if self.eot_token_id is None:
-            return self.tok_encode("\n")[0]
+            return self.text.encode("\n")[0]
         return self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Return the tokens of a string. GPT-2 adds no special tokens."""
-        return self.text.encode(string)
+        """Return the tokens of a string, as a prompt unless add_special_tokens is False.
+
+        As with lm-eval's hf, models that want a token before a prompt get it."""
+        if add_special_tokens is False:
+            return self.text.encode(string)
+        return self.text.encode_prompt(string)
 
     def rows_at_a_time(self, T: int) -> int:
         """Return how many rows of T tokens to compute at a time."""

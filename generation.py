@@ -183,7 +183,7 @@ def prefill(
     return cache, sampling.draw(model.logits(last)[:, 0], positions)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "stop_token", "burst"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("graphdef", "stop_tokens", "burst"), donate_argnames=("cache",))
 def decode(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -193,7 +193,7 @@ def decode(
     sampling: Sampling,
     done: jax.Array,
     steps: int | jax.Array,
-    stop_token: int | None,
+    stop_tokens: tuple[int, ...],
     burst: int,
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Run up to `steps` <= burst decoding steps in one device loop, fewer once every row is done.
@@ -210,7 +210,7 @@ def decode(
         i, cache, token, new, done = state
         logits, cache = model(token[:, None], cache)
         token = sampling.draw(logits[:, 0], positions + i)
-        if stop_token is not None:
+        for stop_token in stop_tokens:
             done = done | (token == stop_token)
         return i + 1, cache, token, new.at[:, i].set(token), done
 
@@ -235,17 +235,18 @@ class Generation:
         sampling: Sampling,
         *,
         max_new_tokens: int,
-        stop_token: int | None,
+        stop_tokens: tuple[int, ...],
         burst: int,
     ):
         """Begin with `prompts`; graphdef and params are the two halves of a GPT of `config`.
 
-        burst: new tokens per device call, at most. Nothing runs before `advance`."""
+        stop_tokens: each ends a row. burst: new tokens per device call, at most. Nothing runs
+        before `advance`."""
         self.graphdef = graphdef
         self.params = params
         self.block_size = config.block_size
         self.sampling = sampling
-        self.stop_token = stop_token
+        self.stop_tokens = stop_tokens
         self.burst = burst
         self.rows = [list(map(int, prompt)) for prompt in prompts]  # grow past a stop token too
         self.done = np.zeros(len(self.rows), bool)  # rows that have had their stop token
@@ -306,7 +307,7 @@ class Generation:
             self.sampling,
             self.done,
             steps,
-            self.stop_token,
+            self.stop_tokens,
             self.burst,
         )
         return np.asarray(new)[:, : int(steps_run)]
@@ -317,11 +318,19 @@ class Generation:
         for b, tokens in enumerate(new):
             self.rows[b] += tokens
             taken = tokens
-            if self.stop_token is not None and self.stop_token in tokens:
-                taken = tokens[: tokens.index(self.stop_token) + 1]
+            ends = [i for i, token in enumerate(tokens) if token in self.stop_tokens]
+            if ends:
+                taken = tokens[: ends[0] + 1]
             fresh.append([] if self.done[b] else taken)
-            self.done[b] |= self.stop_token in taken
+            self.done[b] |= bool(ends)
         return fresh
+
+
+def tuple_of(stop_token: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the tokens that end a row: one, several or none."""
+    if stop_token is None:
+        return ()
+    return (stop_token,) if isinstance(stop_token, int) else stop_token
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

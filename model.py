@@ -24,7 +24,7 @@ import pretrained
 from config import Dtype, GPTConfig
 from errors import require
 from formats.parameters import EMBEDDINGS
-from generation import Cache, Generation, Sampling, check_prompts
+from generation import Cache, Generation, Sampling, check_prompts, tuple_of
 from kernels.packed_linear import PackedLinear, unstack
 from ops import (
     ACTIVATIONS,
@@ -431,11 +431,11 @@ class GPT(nnx.Module):
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop_token: int | None = None,
+        stop_token: int | tuple[int, ...] | None = None,
     ) -> list[list[int]]:
         """Continue prompts of any, also different, lengths; return each with its new tokens.
 
-        A row gets up to max_new_tokens and ends with stop_token. temperature, top_k, top_p and
+        A row gets up to max_new_tokens and ends with a stop_token. temperature, top_k, top_p and
         min_p mean what they mean in SamplingParams. The token at position n of row b is a function
         of (seed + b, n) and its distribution: it does not depend on the other rows, and is the one
         that Engine draws for a request with that seed. When a row outgrows block_size, its oldest
@@ -466,7 +466,7 @@ class GPT(nnx.Module):
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop_token: int | None = None,
+        stop_token: int | tuple[int, ...] | None = None,
         burst: int = 16,
     ) -> Iterator[list[list[int]]]:
         """Yield the new tokens of each row as they come, up to `burst` at a time.
@@ -482,7 +482,7 @@ class GPT(nnx.Module):
             prompts,
             Sampling.create(settings, seed, len(prompts), self.config.vocab_size),
             max_new_tokens=max_new_tokens,
-            stop_token=stop_token,
+            stop_tokens=tuple_of(stop_token),
             burst=burst,
         )
         return generation.bursts()

@@ -25,7 +25,7 @@ def main(config: SampleConfig) -> None:
     All are rows of one batch that grow together; the others are printed when all are done."""
     model, tokenizer, name = open_model(config)
     start = read_start(config.start)
-    prompt = tokenizer.encode(start)
+    prompt = tokenizer.encode_prompt(start)
     require(len(prompt) > 0, "--start must not be empty", param="start")
     packing = choose_packing(model.config.dtype, config.weights, config.cpu_kernels)
     model = model.for_inference(packing=packing)
@@ -40,7 +40,7 @@ def main(config: SampleConfig) -> None:
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
-        stop_token=tokenizer.eos_id,
+        stop_token=tuple(tokenizer.stop_ids),
     ):
         for sample, new in zip(samples, burst, strict=True):
             sample += new

@@ -6,6 +6,8 @@ streamed: see `StreamDecoder`. There is no JAX in here.
 """
 
 import codecs
+import itertools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +32,11 @@ class Tokenizer(ABC):
     """The number of ids."""
     eos_id: int | None
     """The token that ends a document, if the vocabulary has one."""
+    bos_id: int | None = None
+    """The token that begins a document, if the vocabulary has one for that alone."""
+    prompt_prefix: tuple[int, ...] = ()
+    """The tokens that stand before a prompt that is given as text: the one that begins a document,
+    where the model was trained with it."""
     special_tokens: dict[str, int]
     """The tokens that no text becomes, by the text they are written as."""
     longest_token: int
@@ -40,6 +47,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the ids of text. "<|endoftext|>" in it is ordinary text, not the special token."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of text as a prompt: with what the model wants to stand before it."""
+        return [*self.prompt_prefix, *self.encode(text)]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: eos_id, if there is one, and others of its kind."""
+        return frozenset() if self.eos_id is None else frozenset([self.eos_id])
 
     def fewest_tokens(self, text: str) -> int:
         """Return a number of tokens that text has at least.
@@ -188,12 +204,22 @@ class HFTokenizer(Tokenizer):
 
     name = "hf"
 
-    def __init__(self, tokenizer_json: str, eos_id: int | None) -> None:
-        """Raises UserError if the tokenizer is not byte-level BPE."""
+    def __init__(
+        self,
+        tokenizer_json: str,
+        eos_id: int | None,
+        bos_id: int | None = None,
+        more_stop_ids: Iterable[int] = (),
+    ) -> None:
+        """more_stop_ids: tokens that end an answer besides eos_id, such as the end of a turn.
+
+        Raises UserError if the tokenizer is not byte-level BPE."""
         import tokenizers
 
         self.json = tokenizer_json
         self.eos_id = eos_id
+        self.bos_id = bos_id
+        self.more_stop_ids = frozenset(more_stop_ids)
         self.bpe = tokenizers.Tokenizer.from_str(tokenizer_json)
         require(
             isinstance(self.bpe.decoder, tokenizers.decoders.ByteLevel),
@@ -203,6 +229,7 @@ class HFTokenizer(Tokenizer):
         self.bpe.encode_special_tokens = True  # that is: as ordinary text
         self.bpe.no_truncation()  # tokenizer.json may ask for truncation, and for padding
         self.bpe.no_padding()
+        self.prompt_prefix = prefix_of(self.bpe)
         added = self.bpe.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self.bytes = {i: bytes_of(token) for token, i in self.bpe.get_vocab().items()}
@@ -230,7 +257,26 @@ class HFTokenizer(Tokenizer):
         from transformers import AutoTokenizer  # here, because its import takes seconds
 
         hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        return cls(hf.backend_tokenizer.to_str(), hf.eos_token_id)
+        return cls(
+            hf.backend_tokenizer.to_str(),
+            hf.eos_token_id,
+            hf.bos_token_id,
+            read_stop_ids(directory, len(hf)),
+        )
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return super().stop_ids | self.more_stop_ids
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> "HFTokenizer":
+        """Return the tokenizer of a GGUF file. Raises UserError if it is of another kind."""
+        from formats.gguf_file import open_gguf  # here, because few models come as such files
+        from formats.gguf_tokenizer import read_tokenizer
+
+        file = open_gguf(path)
+        return cls(*read_tokenizer(file.metadata, file.path))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text. Half a surrogate pair, which JSON may hold, counts as U+FFFD.
@@ -253,14 +299,47 @@ class HFTokenizer(Tokenizer):
         return self.bytes.get(token, b"")
 
     def meta(self) -> dict[str, Any]:
-        """Return the kind, the whole tokenizer.json and the id that ends a document."""
-        return {"tokenizer": self.name, "eos_id": self.eos_id, "tokenizer_json": self.json}
+        """Return the kind, the whole tokenizer.json and the ids of begin and end."""
+        return {
+            "tokenizer": self.name,
+            "eos_id": self.eos_id,
+            "bos_id": self.bos_id,
+            "more_stop_ids": sorted(self.more_stop_ids),
+            "tokenizer_json": self.json,
+        }
 
     def to_hf(self) -> "tokenizers.Tokenizer":
         """Return the tokenizer that tokenizer.json describes, with its truncation and padding."""
         import tokenizers
 
         return tokenizers.Tokenizer.from_str(self.json)
+
+
+def prefix_of(bpe: "tokenizers.Tokenizer") -> tuple[int, ...]:
+    """Return the special tokens that a tokenizer puts before a text: the begin, or none."""
+    encoding = bpe.encode("a", add_special_tokens=True)
+    added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return tuple(token for token, _ in itertools.takewhile(operator.itemgetter(1), added))
+
+
+def read_stop_ids(directory: Path, vocab_size: int) -> frozenset[int]:
+    """Return the tokens that end an answer by a directory's generation_config.json or, without
+    one, config.json; often there are several, the end of a turn and that of a document.
+
+    Raises UserError if they are no tokens."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        file = directory / "config.json"
+    if not file.is_file():
+        return frozenset()
+    value = load_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        require(
+            type(token) is int and 0 <= token < vocab_size,
+            f"{file}: eos_token_id={value!r}, but the tokenizer's tokens are 0 to {vocab_size - 1}",
+        )
+    return frozenset(ids)
 
 
 # How byte-level BPE writes bytes
@@ -309,7 +388,12 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
         case "gpt2":
             return GPT2Tokenizer()
         case "hf":
-            return HFTokenizer(meta["tokenizer_json"], meta["eos_id"])
+            return HFTokenizer(
+                meta["tokenizer_json"],
+                meta["eos_id"],
+                meta.get("bos_id"),  # older versions wrote neither
+                meta.get("more_stop_ids", ()),
+            )
         case other:
             raise UserError(
                 f"meta.json names the tokenizer {other!r}; the known ones are char, gpt2 and hf"
@@ -341,7 +425,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, block_size: int) -> N
     hf = tokenizer.to_hf()
     if tokenizer.eos_id is not None:
         eos = hf.id_to_token(tokenizer.eos_id)
-        settings |= {"bos_token": eos, "eos_token": eos}
+        bos = eos if tokenizer.bos_id is None else hf.id_to_token(tokenizer.bos_id)
+        settings |= {"bos_token": bos, "eos_token": eos}
     hf.save(str(directory / "tokenizer.json"))
     hf.model.save(str(directory))
     save_json(directory / "tokenizer_config.json", settings)

@@ -278,7 +278,9 @@ class ServedModel:
 
 def encode_texts(tokenizer: Tokenizer, prompts: AnySequence[str | list[int]]) -> list[list[int]]:
     """Return the prompts with the token ids of those that are texts."""
-    return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [
+        tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+    ]
 
 
 def decode_tokens(tokenizer: Tokenizer, tokens: list[int]) -> str:
