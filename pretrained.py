@@ -372,9 +372,7 @@ def write(
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    eos_id = None if tokenizer is None else tokenizer.eos_id
-    # Written even where they are null: transformers' default is GPT-2's 50256.
-    special_tokens = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    special_tokens = hf_special_tokens(tokenizer)
     description = hf_config(model_type, as_theirs) | special_tokens
     save_json(temporary / "config.json", description)
     save_json(temporary / "generation_config.json", special_tokens)
@@ -384,6 +382,20 @@ def write(
     save_file(tensors, weights, metadata={"format": "pt"})  # readable for its owner only
     weights.chmod((temporary / "config.json").stat().st_mode)
     temporary.rename(directory)
+
+
+def hf_special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return what config.json and generation_config.json say about begin and end.
+
+    It is written even where it is null: transformers' defaults are others in every family."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    eos_id = tokenizer.eos_id
+    others = sorted(tokenizer.stop_ids - {eos_id})
+    return {
+        "bos_token_id": eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "eos_token_id": [eos_id, *others] if others else eos_id,
+    }
 
 
 def hf_tensors(family: Family, config: GPTConfig, params: Params) -> dict[str, np.ndarray]:

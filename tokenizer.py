@@ -264,11 +264,6 @@ class HFTokenizer(Tokenizer):
             read_stop_ids(directory, len(hf)),
         )
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """The tokens that end an answer."""
-        return super().stop_ids | self.more_stop_ids
-
     @classmethod
     def from_gguf(cls, path: str | Path) -> "HFTokenizer":
         """Return the tokenizer of a GGUF file. Raises UserError if it is of another kind."""
@@ -277,6 +272,11 @@ class HFTokenizer(Tokenizer):
 
         file = open_gguf(path)
         return cls(*read_tokenizer(file.metadata, file.path))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return super().stop_ids | self.more_stop_ids
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text. Half a surrogate pair, which JSON may hold, counts as U+FFFD.

@@ -285,6 +285,8 @@ def read_rope(hf: HFConfig, label: str) -> dict[str, Any]:
     transformers 5 writes rope_parameters with all of it, older ones rope_theta and rope_scaling."""
     parameters: Any = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     require(isinstance(parameters, dict), f"{label}: rope_parameters={parameters!r} is no object")
+    by_layer = [name for name, value in parameters.items() if isinstance(value, dict)]
+    require(not by_layer, f"{label}: rope_parameters of {by_layer[:1]} alone are not implemented")
     theta = parameters.get("rope_theta", hf.get("rope_theta", GPTConfig.rope_theta))
     is_number = type(theta) in (int, float)  # true is an int to Python
     require(is_number, f"{label}: rope_theta={theta!r} must be a number")
@@ -371,26 +373,37 @@ def hf_rope(config: GPTConfig) -> dict[str, Any]:
 def family_of(config: GPTConfig) -> tuple[str, GPTConfig]:
     """Return the model_type to write a model as, and its config as one of that family has it.
 
-    A family fits if what it writes is read back as the same model. Raises UserError, naming what
-    does not fit the nearest, if none does."""
-    nearest: dict[str, str] = {}
+    Raises UserError, saying what does not fit the nearest, if none fits."""
+    nearest: list[str] = []
     for model_type, family in FAMILIES.items():
         wanted = as_defaults(with_biases(family, config))
-        _, back = read_config(hf_config(model_type, wanted), model_type)
-        differing = {
-            name: f"{model_type} has {name}={getattr(back, name)}, and the model {value}"
-            for name, value in dataclasses.asdict(wanted).items()
-            if name not in NOT_STORED and dataclasses.asdict(back)[name] != value
-        }
-        if not differing:
+        problems = what_does_not_fit(model_type, wanted)
+        if not problems:
             return model_type, wanted
-        if not nearest or len(differing) < len(nearest):
-            nearest = differing
+        if not nearest or len(problems) <= len(nearest):
+            nearest = problems
     raise UserError(
         f"no family of Hugging Face's has such a model ({', '.join(FAMILIES)}), so it cannot be "
-        f"exported: {'; '.join(nearest.values())}",
-        param=next(iter(nearest)),
+        f"exported: {'; '.join(nearest)}"
     )
+
+
+def what_does_not_fit(model_type: str, config: GPTConfig) -> list[str]:
+    """Return, for a sentence, what of a model is not read back as it was if it is so written."""
+    try:
+        _, back = read_config(hf_config(model_type, config), model_type)
+    except UserError as error:
+        return [str(error)]
+    problems = [
+        f"{model_type} has {name}={getattr(back, name)}, and the model {getattr(config, name)}"
+        for name in sorted(vars(config))
+        if name not in NOT_STORED and getattr(back, name) != getattr(config, name)
+    ]
+    if model_type == "llama" and config.n_embd % config.n_head > 0:
+        problems.append(
+            f"llama wants n_embd={config.n_embd} to be divisible by n_head={config.n_head}"
+        )
+    return problems
 
 
 def with_biases(family: Family, config: GPTConfig) -> GPTConfig:

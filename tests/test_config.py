@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -11,10 +12,12 @@ from bench import BENCHES
 from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, TrainConfig
 from errors import UserError
 from flags import field_docstrings
+from formats.parameters import RopeScaling
 from serving.config import ServeConfig
 from training.presets import TRAIN_PRESETS
 
 CONFIGS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 BENCH_CONFIGS = [config_class for config_class, _ in BENCHES.values()]
 
 
@@ -35,6 +38,20 @@ def test_the_number_of_parameters_without_biases_and_positions():
     assert with_biases.num_params() - without.num_params() == biases
     positions = with_biases.num_params() - with_biases.num_params(embeddings=False)
     assert positions == with_biases.block_size * C
+
+
+def test_a_config_survives_json():
+    """Catches a field that comes back as another type, and a run of an older version, which wrote
+    fewer fields, that cannot be opened or is another model."""
+    modern = GPTConfig(positions="rotary", rope_scaling=LLAMA3, n_kv_head=3, norm="rmsnorm")
+    for model in (GPTConfig(bias=False), modern):
+        back = GPTConfig.from_json(json.loads(json.dumps(asdict(model))))
+        assert back == model
+        assert hash(back) == hash(model)
+    new = ("norm", "positions", "rope_theta", "rope_scaling", "n_kv_head", "head_size", "mlp")
+    new += ("mlp_width", "qkv_bias", "qk_norm", "tied_head")
+    old = {name: value for name, value in asdict(GPTConfig()).items() if name not in new}
+    assert GPTConfig.from_json(old) == GPTConfig()
 
 
 def test_changed_is_what_differs_from_gpt2():
@@ -67,6 +84,14 @@ def test_presets_are_complete(name):
     [
         (GPTConfig, {"n_layer": 0}, "n_layer", "n_layer=0 must be at least 1"),
         (GPTConfig, {"n_embd": 100, "n_head": 12}, "n_embd", "n_embd=100"),
+        (GPTConfig, {"n_kv_head": 5}, "n_kv_head", "n_head=12 .* n_kv_head=5"),
+        (GPTConfig, {"n_kv_head": 0}, "n_kv_head", "n_kv_head=0 must be at least 1"),
+        (GPTConfig, {"positions": "rotary", "head_size": 5}, "head_size", "a head of 5"),
+        (GPTConfig, {"positions": "rotary", "rope_theta": 0.0}, "rope_theta", "rope_theta=0.0"),
+        (GPTConfig, {"rope_theta": 5e5}, "rope_theta", "500000.0 is for positions=rotary"),
+        (GPTConfig, {"rope_scaling": LLAMA3}, "rope_scaling", "is for positions=rotary"),
+        (RopeScaling, {**asdict(LLAMA3), "factor": 0.5}, "factor", "factor=0.5"),
+        (RopeScaling, {**asdict(LLAMA3), "high_freq_factor": 1.0}, "rope_scaling", "below"),
         (GPTConfig, {"dropout": 1.0}, "dropout", "dropout=1.0"),
         (GPTConfig, {"training_attention": "cudnn"}, "training_attention", "float32"),
         (TrainConfig, {"beta2": 1.0}, "beta2", "beta2=1.0"),

@@ -40,6 +40,13 @@ FLAGS = [
     "--warmup_iters=5",
     "--tensorboard=False",
     "--init_from=resume",
+    # What Llama has and GPT-2 has not.
+    "--norm=rmsnorm",
+    "--positions=rotary",
+    "--mlp=gated",
+    "--activation=silu",
+    "--n_kv_head=1",
+    "--tied_head=False",
 ]
 
 

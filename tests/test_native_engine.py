@@ -19,6 +19,14 @@ from sequence import Output, SamplingParams
 from tiny_engine import CONFIG, GREEDY, LAYOUT, prompts_of
 
 PAGE = LAYOUT.page_size
+LLAMA = {
+    "norm": "rmsnorm",
+    "positions": "rotary",
+    "mlp": "gated",
+    "activation": "silu",
+    "tied_head": False,
+}
+QWEN = {"n_head": 6, "n_kv_head": 2, "head_size": 10, "qkv_bias": True, "qk_norm": True, **LLAMA}
 KINDS = ["float32", "bfloat16", "int8"]
 
 
@@ -67,9 +75,18 @@ def test_logprobs_are_those_of_xla(kind, tolerance):
     np.testing.assert_allclose(logprobs, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [{"bias": False}, {"activation": "relu"}, {"activation": "gelu"}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"bias": False},
+        {"activation": "relu"},
+        {"mlp": "gated", "qkv_bias": False},
+        {"bias": False, "qkv_bias": True, **LLAMA},
+    ],
+)
 def test_other_shapes_of_a_model(shape):
-    """Catches: a model without biases, or whose activation native code does not know."""
+    """Catches: a model without biases or with some, whose activation native code does not know, or
+    applies to the wrong product, a head of its own."""
     prompts = prompts_of([7, 20])
     model = model_of("float32", **shape)
     outputs = []
@@ -98,6 +115,15 @@ def test_same_bits(kind):
     for way in ways:
         assert way.must_agree
         assert way.as_it_must_be, f"{way.name}: {way.different} of 24"
+
+
+def test_same_bits_of_heads_that_share_keys():
+    """Catches the same in what Llama and Qwen have: angles, norms of single heads, groups."""
+    model = model_of("float32", n_embd=72, **QWEN)  # 72 and 10: narrower than vectors are summed
+    ways = compare(model, 12, max_num_seqs=2, page_size=PAGE, prefill_tokens=16, progress=False)
+    for way in ways:
+        assert way.must_agree
+        assert way.as_it_must_be, f"{way.name}: {way.different} of 12"
 
 
 def test_a_chat_computes_its_past_once():

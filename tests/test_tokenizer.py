@@ -193,6 +193,40 @@ def test_hf_neither_truncates_nor_pads_nor_frames(hf, tmp_path):
     assert framed.encode(TEXT) == hf.encode(TEXT)
 
 
+def test_what_stands_before_a_prompt_and_what_ends_an_answer(hf, tmp_path):
+    """Catches a model that was trained with a beginning and does not get it, and a turn that does
+    not end at one of several ends; in a checkpoint finetuned from the directory too."""
+    assert (hf.prompt_prefix, hf.stop_ids) == ((), {0})
+    bpe = tokenizers.Tokenizer.from_str(hf.meta()["tokenizer_json"])
+    bpe.add_special_tokens(["<begin>", "<turn>"])
+    begin, turn = bpe.token_to_id("<begin>"), bpe.token_to_id("<turn>")
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        f"<begin> $A {EOT}", special_tokens=[("<begin>", begin), (EOT, 0)]
+    )
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<begin>", "eos_token": EOT}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 5}')
+    generation = tmp_path / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [0, turn]}))
+    framed = HFTokenizer.from_directory(tmp_path)
+    for tokenizer in (framed, from_meta(json.loads(json.dumps(framed.meta())))):
+        assert tokenizer.encode_prompt("the") == [begin, *hf.encode("the")]
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (begin, 0)
+        assert tokenizer.stop_ids == {0, turn}
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", framed, 8)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.encode("the") == [*framed.encode_prompt("the"), 0]
+    assert exported.bos_token_id == begin
+    generation.unlink()
+    assert HFTokenizer.from_directory(tmp_path).stop_ids == {0, 5}
+    generation.write_text('{"eos_token_id": [7000]}')
+    with pytest.raises(ValueError, match=r"eos_token_id=\[7000\].*0 to"):
+        HFTokenizer.from_directory(tmp_path)
+
+
 def test_hf_directory_without_a_tokenizer(tmp_path):
     """Catches the empty tokenizer that transformers makes from a config.json alone."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
