@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from errors import UserError, require
@@ -28,9 +28,12 @@ UNPACKED = ("F32", "F16", "BF16")
 WHOLE_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 QUANTISATIONS = (*UNPACKED, *WHOLE_BLOCKS)
 
-MOST_VALUES = 8_000_000
-"""Texts, counts and numbers in a file's metadata: a vocabulary of 256,000 tokens has 1.5 million.
-gguf makes an array of 100 bytes of each, whatever the file says of their number."""
+MOST_VALUES = 3_000_000
+"""Texts, counts and numbers in a file's metadata: a vocabulary of 256,000 tokens has 1.8 million.
+gguf keeps an array of 200 bytes for each."""
+
+LONGEST_TEXT = 2**24
+"""Bytes of a text in a file's metadata."""
 
 ROWS_AT_A_TIME = 1024
 """Rows of a matrix that are dequantised at once, because gguf takes three times their memory."""
@@ -192,7 +195,9 @@ def read_once(path: Path, size: int, changed_at: int) -> GGUFFile:
 
 
 class BoundedReader(GGUFReader):
-    """gguf's reader, which believes what a file says of its own sizes, made to check each read."""
+    """gguf's reader, which believes what a file says of its own sizes, made to check each of them.
+
+    Its methods raise ValueError if the file cannot be so."""
 
     values = 0
     """Values read so far."""
@@ -200,31 +205,48 @@ class BoundedReader(GGUFReader):
     def _get(
         self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
     ) -> np.ndarray:
-        """Return `count` values at an offset. Raises ValueError if the file does not hold them."""
-        end = int(offset) + np.dtype(dtype).itemsize * int(count)
-        if end > len(self.data):
-            raise ValueError(f"it ends at byte {len(self.data)}, and speaks of byte {end}")
+        """Return `count` values at an offset."""
+        if self.byte_order != "I":
+            raise ValueError("it is written for machines of the other byte order")
+        self._require_bytes(offset, np.dtype(dtype).itemsize * int(count))
         self.values += 1
         if self.values > MOST_VALUES:
             raise ValueError(f"its metadata has more than {MOST_VALUES} values")
         # A plain array: a slice of a memmap takes three times the time and the memory.
-        self.data = np.asarray(self.data)  # type: ignore[assignment]
-        return super()._get(offset, dtype, count, override_order)
+        return np.ndarray((int(count),), dtype, self.data, int(offset))
+
+    def _get_str(self, offset: int) -> Any:
+        """Return the length and the bytes of a text."""
+        length, text = super()._get_str(offset)
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"its metadata has a text of {len(text)} bytes")
+        return length, text
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """Return the value of a key, piece by piece."""
+        if raw_type == GGUFValueType.ARRAY:
+            kind = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+            count = int(self._get(orig_offs + 4, np.uint64)[0])
+            # A text has its length before it; an array the type of its values too.
+            least = np.dtype(self.gguf_scalar_to_np.get(kind, np.uint64)).itemsize
+            self._require_bytes(orig_offs + 12, count * least)
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _require_bytes(self, offset: int, size: int) -> None:
+        """Raise ValueError unless so many bytes of the file follow an offset."""
+        end = int(offset) + size
+        if end > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data)}, and speaks of byte {end}")
 
 
 def read_header(path: Path) -> GGUFReader:
     """Return gguf's view of a file. Raises UserError where the file is damaged."""
     try:
         with np.errstate(over="raise"):
-            reader = BoundedReader(path)
+            return BoundedReader(path)
     except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as e:
         message = e.args[0] if isinstance(e, KeyError) else e  # str() would quote it
         raise UserError(f"{path} is truncated or no GGUF file: {first_line(message)}") from e
-    require(
-        reader.byte_order == "I",
-        f"{path} is written for machines of the other byte order: convert it to little-endian",
-    )
-    return reader
 
 
 def contents(field: Any, path: Path) -> Any:
