@@ -6,15 +6,17 @@ that the engine finds most of it in its prefix cache.
 """
 
 import contextlib
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from config import EngineConfig, SampleConfig
+from config import EngineConfig, GPTConfig, SampleConfig
 from engine import Engine
 from errors import ContextLengthExceeded, UserError, require
 from model import GPT
+from paged_attention import choose_implementation, num_pages_for
 from sequence import FinishReason, SamplingParams
 from serving.chat import NO_CHAT_TEMPLATE, ChatTemplate, load_template
 from tokenizer import Tokenizer
@@ -122,10 +124,8 @@ def chat(config: SampleConfig, model: GPT, tokenizer: Tokenizer, name: str) -> N
     template = load_template(config, tokenizer)
     if template is None:
         raise UserError(NO_CHAT_TEMPLATE, param="chat_template")
-    one_at_a_time = EngineConfig(
-        max_num_seqs=1, cpu_kernels=config.cpu_kernels, weights=config.weights
-    )
-    engine = Engine(model, tokenizer, one_at_a_time, progress=sys.stderr.isatty())
+    engine_config = for_one_sequence(config, model.config)
+    engine = Engine(model, tokenizer, engine_config, progress=sys.stderr.isatty())
     params = SamplingParams(
         max_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -135,6 +135,16 @@ def chat(config: SampleConfig, model: GPT, tokenizer: Tokenizer, name: str) -> N
     )
     say(f"{name}, {model.config.num_params() / 1e6:.2f}M parameters. {HINT}")
     talk(Conversation(engine, template, params, config.system))
+
+
+def for_one_sequence(config: SampleConfig, model: GPTConfig) -> EngineConfig:
+    """Return an engine's config for one sequence at a time: no more pages than its context has."""
+    engine = EngineConfig(max_num_seqs=1, cpu_kernels=config.cpu_kernels, weights=config.weights)
+    attention = choose_implementation(engine.attention, engine.cpu_kernels)
+    most = num_pages_for(model, engine.page_size, model.dtype, engine.kv_cache_memory, attention)
+    null_page = 1
+    context = -(-model.block_size // engine.page_size) + null_page
+    return dataclasses.replace(engine, kv_blocks=min(most, context))
 
 
 def talk(conversation: Conversation) -> None:

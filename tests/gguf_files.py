@@ -36,6 +36,7 @@ def make_bpe() -> tokenizers.Tokenizer:
     """Return a small byte-level BPE with SPECIAL."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=320,
         initial_alphabet=bpe.pre_tokenizer.alphabet(),
