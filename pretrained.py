@@ -1,9 +1,10 @@
 """Weights in from Hugging Face's form and out to it, as numpy arrays. No JAX in here.
 
-Start with `read`: it finds the directory (`fetch`), understands its config.json, opens its tensors
-without loading them (`open_checkpoint`) and loads one parameter at a time (`read_parameter`).
+Start with `read`: it finds the directory (formats/hub.py), understands its config.json, opens its
+tensors without loading them (`open_model`) and loads one parameter at a time (`read_parameter`).
 `read_family` does the same with tensors from elsewhere; `write` is the way back. What families of
-models there are is in formats/families.py; formats/hugging_face.py opens the single files.
+models there are is in formats/families.py; formats/hugging_face.py and formats/gguf_file.py open
+the single files.
 
 This is apart from model.py because most of it is about the Hub, foreign names and what can be wrong
 with a file; the model sees finished arrays. A checkpoint is data from strangers: names, shapes,
@@ -14,13 +15,11 @@ A *path* is our dotted name of a parameter, the layers stacked: h.attn.c_attn.ke
 Hugging Face's name of a tensor, of one layer: h.0.attn.c_attn.weight.
 """
 
-import contextlib
 import dataclasses
-import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import GPTConfig
-from errors import UserError, require
+from errors import require
 from formats.families import (
     FAMILIES,
     HEAD,
@@ -41,21 +40,19 @@ from formats.families import (
     read_config,
     tensor_shapes,
 )
+from formats.gguf_file import is_gguf, open_gguf
+from formats.hub import HUB, fetch  # noqa: F401  HUB is this module's too
 from formats.hugging_face import (
     StoredTensor,
     WeightFiles,
     find_weights,
-    first_line,
     load_json,
     quote_some,
     save_json,
 )
 from formats.parameters import EMBEDDINGS, parameter_shapes
-from tokenizer import Tokenizer, read_tokenizer, write_tokenizer
+from tokenizer import HFTokenizer, Tokenizer, read_tokenizer, write_tokenizer
 
-HUB = {
-    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-}
 # The fields of GPTConfig that may differ from the checkpoint's. block_size may only shrink;
 # bias=False needs biases of zero.
 OVERRIDES = ("dropout", "block_size", "bias", "vocab_multiple", "dtype", "remat", "scan_unroll")
@@ -72,21 +69,18 @@ Params = dict[str, Any]  # as GPT.params() has them
 def read(
     name_or_dir: str | Path, *, put: Callable[[np.ndarray], Any] = np.asarray, **overrides: Any
 ) -> tuple[GPTConfig, Params]:
-    """Return the config and the parameters of a model in Hugging Face's form.
+    """Return the config and the parameters of a model in Hugging Face's form or in a GGUF file.
 
     name_or_dir is gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the Hugging Face Hub or its cache,
-    or a directory (./gpt2 is a directory) of one of FAMILIES. overrides are fields of GPTConfig,
-    see OVERRIDES; as in nanoGPT, dropout is 0 unless overridden. A GPT-2 always has biases;
-    bias=False leaves them out if all are zero, as `write` makes them.
+    or a directory (./gpt2 is a directory) of one of FAMILIES, or a GGUF file of one. overrides are
+    fields of GPTConfig, see OVERRIDES; as in nanoGPT, dropout is 0 unless overridden. A GPT-2
+    always has biases; bias=False leaves them out if all are zero, as `write` makes them.
 
     The parameters are as GPT.params() has them: a nested dict of float32 arrays, layers stacked,
     the vocabulary padded with zeros. put takes each finished array, so that no second copy of the
     weights need exist. Raises UserError."""
-    directory = fetch(name_or_dir, "config.json", "model.safetensors")
-    weights = find_weights(directory)
-    family, stored = stored_model(directory)
+    family, stored, tensors = open_model(name_or_dir)
     config = apply_overrides(stored, overrides)
-    tensors = open_checkpoint(directory, weights, family, stored)
 
     def take(name: str) -> np.ndarray:
         return tensors.pop(name).read()  # popped, so that torch's memory is freed
@@ -204,84 +198,10 @@ def require_tied(family: Family, head: np.ndarray, embedding: np.ndarray) -> Non
 
 
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
-    """Return the tokenizer of a model directory or of a Hub model. Raises UserError."""
+    """Return the tokenizer of a model directory, a GGUF file or a Hub model. Raises UserError."""
+    if is_gguf(name_or_dir):
+        return HFTokenizer.from_gguf(name_or_dir)
     return read_tokenizer(fetch(name_or_dir, "config.json", "vocab.json", "merges.txt"))
-
-
-# The Hub
-
-
-def fetch(name_or_dir: str | Path, *files: str) -> Path:
-    """Return a local directory as it is, or the cache's directory of a name of HUB.
-
-    Of the latter, files are downloaded unless the cache has them. Raises UserError."""
-    if name_or_dir in HUB:
-        return download(HUB[str(name_or_dir)], files)
-    require(
-        Path(name_or_dir).is_dir(),
-        f"there is no directory {name_or_dir}; the models that can be downloaded are "
-        f"{', '.join(HUB)}",
-    )
-    return Path(name_or_dir)
-
-
-def download(repository: str, files: Iterable[str]) -> Path:
-    """Return the directory of the cache that holds these files of a repository of the Hub.
-
-    The client shows its own progress."""
-    import huggingface_hub as hub  # here, because a local directory does not need it
-
-    with one_hub_warning():
-        for file in files:
-            try:
-                path = hub.hf_hub_download(repository, file)
-            except Exception as e:  # whatever the client and the libraries under it raise
-                raise UserError(
-                    f"cannot get {file} of {repository} from {hub.constants.ENDPOINT} or the "
-                    f"cache: {first_line(e)} ({type(e).__name__}); a local directory needs neither"
-                ) from e
-    return Path(path).parent
-
-
-@contextlib.contextmanager
-def one_hub_warning() -> Iterator[None]:
-    """Inside, the Hub's client warns once, in one line.
-
-    By itself it writes two lines for each of its retries, which go on for about half a minute if
-    there is no network."""
-    from huggingface_hub.utils import logging as hub_logging  # attaches the client's own handler
-
-    first_only = FirstWarning()
-    # A program that configured logging, such as the server, gets each record a second time.
-    handlers = [*hub_logging.get_logger().handlers, *logging.getLogger().handlers]
-    for handler in handlers:
-        handler.addFilter(first_only)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(first_only)
-
-
-class FirstWarning(logging.Filter):
-    """Lets the first warning of the Hub's client through, as one line, and drops the later ones."""
-
-    def __init__(self) -> None:
-        super().__init__("huggingface_hub")
-        self.warned = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is to be shown."""
-        is_of_client = super().filter(record)
-        if not is_of_client or record.levelno != logging.WARNING:
-            return True
-        if self.warned:
-            return False
-        self.warned = True
-        line = first_line(record.getMessage())
-        record.msg = f"{line} (later warnings, also of retries, are not shown)"
-        record.args = ()
-        return True
 
 
 # What a user may change
@@ -346,6 +266,21 @@ def value_at(tree: dict[str, Any], path: str) -> Any:
 
 
 # Opening a checkpoint
+
+
+def open_model(name_or_dir: str | Path) -> tuple[Family, GPTConfig, dict[str, StoredTensor]]:
+    """Return the family, the config and the tensors, not read yet, of what `read` reads."""
+    if not is_gguf(name_or_dir):
+        directory = fetch(name_or_dir, "config.json", "model.safetensors")
+        weights = find_weights(directory)
+        family, config = stored_model(directory)
+        return family, config, open_checkpoint(directory, weights, family, config)
+    file = open_gguf(name_or_dir)
+    family, config = read_config(file.hf_config, str(file.path))
+    tensors = {name.removeprefix(family.prefix): t for name, t in file.tensors.items()}
+    require_names(str(file.path), tensors, family, config)
+    require_shapes(str(file.path), tensors, family, config)
+    return family, config, tensors
 
 
 def open_checkpoint(

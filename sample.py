@@ -1,6 +1,7 @@
 """Write text with a trained model: python sample.py --out_dir=DIR --start="To be"
 
 Or with a pretrained one: python sample.py --init_from=gpt2 --start="To be"
+Or talk with one:         python sample.py --init_from=FILE.gguf --chat=True
 """
 
 import cli
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from errors import read_text, require
 from kernels.cpu_kernels import choose_packing
+from serving import conversation
 from tokenizer import StreamDecoder
 from utils import open_model
 
@@ -20,10 +22,14 @@ SEPARATOR = "-" * 15
 
 
 def main(config: SampleConfig) -> None:
-    """Print the samples, the first one as it is generated.
+    """Print the samples, the first one as it is generated; or talk, with --chat=True.
 
     All are rows of one batch that grow together; the others are printed when all are done."""
+    conversation.require_fitting_flags(config)
     model, tokenizer, name = open_model(config)
+    if config.chat:
+        conversation.chat(config, model, tokenizer, name)
+        return
     start = read_start(config.start)
     prompt = tokenizer.encode_prompt(start)
     require(len(prompt) > 0, "--start must not be empty", param="start")

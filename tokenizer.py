@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError, require
+from formats.byte_level import bytes_of, written
 from formats.hugging_face import first_line, load_json, save_json
 
 if TYPE_CHECKING:
@@ -263,7 +264,26 @@ class HFTokenizer(Tokenizer):
             raise UserError(
                 f"the tokenizer in {directory} cannot be read: {first_line(error)}"
             ) from error
-        return cls(hf.backend_tokenizer.to_str(), hf.eos_token_id)
+        return cls(
+            hf.backend_tokenizer.to_str(),
+            hf.eos_token_id,
+            hf.bos_token_id,
+            read_stop_ids(directory, len(hf)),
+        )
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> "HFTokenizer":
+        """Return the tokenizer of a GGUF file. Raises UserError if it is of another kind."""
+        from formats.gguf_file import open_gguf  # here, because few models come as such files
+        from formats.gguf_tokenizer import read_tokenizer
+
+        file = open_gguf(path)
+        return cls(*read_tokenizer(file.metadata, file.path))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return super().stop_ids | self.more_stop_ids
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text. Half a surrogate pair, which JSON may hold, counts as U+FFFD.
@@ -327,39 +347,6 @@ def read_stop_ids(directory: Path, vocab_size: int) -> frozenset[int]:
             f"{file}: eos_token_id={value!r}, but the tokenizer's tokens are 0 to {vocab_size - 1}",
         )
     return frozenset(ids)
-
-
-# How byte-level BPE writes bytes
-
-
-def byte_of_each_character() -> dict[str, int]:
-    """Return the printable character that stands for each byte, by character.
-
-    Bytes that are printable in Latin-1 are written as themselves, the others, in order, as the
-    characters from U+0100 on (openai/gpt-2, encoder.py: bytes_to_unicode)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    return byte_of
-
-
-BYTE_OF = byte_of_each_character()
-CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
-
-
-def bytes_of(token: str) -> bytes:
-    """Return the bytes of a byte-level BPE token.
-
-    An added token that is not written that way is its own text."""
-    if all(c in BYTE_OF for c in token):
-        return bytes(BYTE_OF[c] for c in token)
-    return token.encode("utf-8")
-
-
-def written(token: bytes) -> str:
-    """Return a token of these bytes as vocab.json and merges.txt write it."""
-    return "".join(CHARACTER_OF[byte] for byte in token)
 
 
 # From files and into them

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pretrained
+from config import SampleConfig
 from errors import UserError, read_text, require
 from formats import hugging_face
+from formats.gguf_file import is_gguf, open_gguf
+from formats.gguf_tokenizer import read_chat_settings
+from formats.hub import HUB
 from serving.config import ServeConfig
 from tokenizer import Tokenizer
 
@@ -23,8 +26,9 @@ SPECIAL_NAMES = {"bos_token", "eos_token"}
 """By these names templates call special tokens."""
 
 NO_CHAT_TEMPLATE = (
-    "this server has no chat template: start it with --chat_template=FILE, or with an "
-    "--init_from=DIR that brings one in tokenizer_config.json or chat_template.jinja"
+    "this model has no chat template: start with --chat_template=FILE, or with an --init_from=DIR "
+    "that brings one in tokenizer_config.json or chat_template.jinja, or with a GGUF file that has "
+    "one"
 )
 
 MATCHES_NOTHING = "(?!)"
@@ -114,13 +118,13 @@ class ChatTemplate:
         return token_ids
 
 
-def load_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the template of the file config.chat_template or else of the directory
+def load_template(config: ServeConfig | SampleConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the template of the file config.chat_template or else of the directory or GGUF file
     config.init_from; None if neither has one.
 
     Raises UserError if the directory has several, or one that is no Jinja."""
     directory = model_directory(config)
-    settings = load_settings(directory)
+    settings = load_settings(config, directory)
     source = find_source(config, directory, settings)
     if source is None:
         return None
@@ -132,21 +136,27 @@ def load_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | N
     return ChatTemplate(source, tokenizer, find_special_names(settings, tokenizer))
 
 
-def model_directory(config: ServeConfig) -> Path | None:
+def model_directory(config: ServeConfig | SampleConfig) -> Path | None:
     """Return the Hugging Face directory that the model comes from, None if it comes from none."""
-    if config.init_from is None or config.init_from in pretrained.HUB:
+    if config.init_from is None or config.init_from in HUB or is_gguf(config.init_from):
         return None
     return Path(config.init_from)
 
 
-def load_settings(directory: Path | None) -> dict[str, Any]:
-    """Return the content of the directory's tokenizer_config.json, which it need not have."""
+def load_settings(config: ServeConfig | SampleConfig, directory: Path | None) -> dict[str, Any]:
+    """Return the content of the directory's tokenizer_config.json, which it need not have, or what
+    a GGUF file says of the same."""
+    if config.init_from is not None and is_gguf(config.init_from):
+        file = open_gguf(config.init_from)
+        return read_chat_settings(file.metadata, file.path)
     if directory is None or not (directory / "tokenizer_config.json").is_file():
         return {}
     return hugging_face.load_json(directory / "tokenizer_config.json")
 
 
-def find_source(config: ServeConfig, directory: Path | None, settings: dict[str, Any]) -> Any:
+def find_source(
+    config: ServeConfig | SampleConfig, directory: Path | None, settings: dict[str, Any]
+) -> Any:
     """Return the template's text, None if there is none, or the list that old settings may have."""
     if config.chat_template is not None:
         return read_text(config.chat_template, param="chat_template")

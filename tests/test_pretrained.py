@@ -23,6 +23,7 @@ import transformers
 
 import pretrained
 from config import GPTConfig
+from formats.hub import one_hub_warning
 from hugging_face import (
     Tiny,
     flat,
@@ -438,7 +439,7 @@ def test_one_hub_warning_leaves_others_alone(monkeypatch):
     client = logging.getLogger("huggingface_hub")
     monkeypatch.setattr(client, "handlers", [on_client])
     monkeypatch.setattr(logging.getLogger(), "handlers", [on_root])  # as the server has one
-    with pretrained.one_hub_warning():
+    with one_hub_warning():
         client.getChild("file_download").warning("cannot read %s\ntrying again", "x")
         client.getChild("utils._http").warning("cannot reach x")
         client.error("no space")
