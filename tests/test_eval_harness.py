@@ -196,6 +196,48 @@ def test_sampling_follows_the_seed_and_the_temperature(ours):
     assert cold == ask(ours.generate_until, [("the naive", {"max_gen_toks": 12})])
 
 
+def test_what_begins_a_document_is_as_with_hf(directory, tmp_path):
+    """Catches a model that was trained with a token before each document and scored without it, in
+    the middle of a text, or before an answer."""
+    bpe = tokenizers.ByteLevelBPETokenizer(
+        str(directory / "vocab.json"), str(directory / "merges.txt")
+    )
+    begin, end = "<begin>", EOT
+    backend = tokenizers.Tokenizer.from_str(bpe.to_str())
+    backend.add_special_tokens([begin])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=begin, eos_token=end
+    ).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        vocab_size=300,
+        initializer_range=0.3,
+        bos_token_id=backend.token_to_id(begin),
+        eos_token_id=backend.token_to_id(end),
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ours = JAXNanoGPT(init_from=str(tmp_path))
+    theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", logits_cache=False)
+    args = [("one way", " goes on"), ("", "world"), ("so ", "one"), ("a" * 60, " other")]
+    assert_same(ask(ours.loglikelihood, args), ask(theirs.loglikelihood, args))
+    texts = [("one way or an other",), ("so on " * 30,)]
+    np.testing.assert_allclose(
+        ask(ours.loglikelihood_rolling, texts),
+        ask(theirs.loglikelihood_rolling, texts),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
 def test_a_request_does_not_depend_on_its_neighbours(ours, directory):
     """Catches answers that go to the wrong request, or a pad that is seen."""
     tokens = ours.text.encode(TEXT * 2)

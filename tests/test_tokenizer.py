@@ -204,9 +204,9 @@ def test_what_stands_before_a_prompt_and_what_ends_an_answer(hf, tmp_path):
         f"<begin> $A {EOT}", special_tokens=[("<begin>", begin), (EOT, 0)]
     )
     bpe.save(str(tmp_path / "tokenizer.json"))
-    settings = {"bos_token": "<begin>", "eos_token": EOT}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    described = {"bos_token": "<begin>", "eos_token": EOT}
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 5}')
     generation = tmp_path / "generation_config.json"
     generation.write_text(json.dumps({"eos_token_id": [0, turn]}))
