@@ -26,7 +26,7 @@ CHAT_MODEL = $$(.venv/bin/python -c "import importlib.util as u, pathlib as p; p
 
 # Its page and its API, on http://127.0.0.1:8000/.
 chat: .venv/chat
-	@echo "The page and the API will be at http://127.0.0.1:8000/, in about half a minute; Ctrl+C ends them."
+	@echo "The page and the API will be at http://127.0.0.1:8000/, in about a minute; Ctrl+C ends them."
 	.venv/bin/python server.py --init_from="$(CHAT_MODEL)" --served_model_name=SmolLM2-135M-Instruct
 
 chat-terminal: .venv/chat

@@ -397,7 +397,7 @@ class GPT(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, **overrides: Any) -> "GPT":
-        """Load a model by name, from a Hugging Face directory, or from an out_dir of train.py.
+        """Load a model by name, from a Hugging Face directory, a GGUF file, or a run of train.py.
 
         Names: gpt2, gpt2-medium, gpt2-large, gpt2-xl. Of an out_dir the best checkpoint is taken.
         overrides: fields of GPTConfig, see pretrained.read; dtype alone for an out_dir. Raises

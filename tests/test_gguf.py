@@ -198,9 +198,11 @@ def test_damaged_files_are_sentences(llama, tmp_path):
     good = llama[1].read_bytes()
     header = good.index(b"output_norm.weight") + 100
     path = tmp_path / "model.gguf"
-    for end in [0, 1, 3, 4, 8, 23, *range(24, header, header // 40), len(good) // 2, len(good) - 9]:
+    path.write_bytes(b"")
+    refused(path, "model.gguf is truncated or no GGUF file")
+    for end in [1, 3, 4, 8, 23, *range(24, header, header // 40), len(good) // 2, len(good) - 9]:
         path.write_bytes(good[:end])
-        refused(path, "model.gguf")
+        refused(path, f"model.gguf is truncated or no GGUF file: it ends at byte {end}, ")
     rng = random.Random(0)
     outcomes = set()
     for _ in range(150):
