@@ -145,3 +145,10 @@ def test_processes_go_together():
     TrainConfig(coordinator_address="host:1", num_processes=2, process_id=0)
     with pytest.raises(UserError, match="process_id=2"):
         TrainConfig(coordinator_address="host:1", num_processes=2, process_id=2)
+
+
+def test_as_many_prompts_as_may_wait():
+    """Catches a limit that is off by one: a request that fills the queue can be admitted."""
+    assert ServeConfig(out_dir="out", max_prompts=5, max_waiting=5).max_prompts == 5
+    with pytest.raises(UserError, match="max_prompts=6 must be at most max_waiting=5"):
+        ServeConfig(out_dir="out", max_prompts=6, max_waiting=5)

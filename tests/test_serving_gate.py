@@ -251,3 +251,11 @@ def lines_of(caplog, request_id: str | None = None) -> list[dict]:
     records = [record for record in caplog.records if hasattr(record, "request")]
     lines = [json.loads(JSONLines().format(record)) for record in records]
     return [line for line in lines if request_id in (None, line["request_id"])]
+
+
+def test_a_wrong_method_is_told_the_right_one(server):
+    """Catches: a 405 without the header that says what is allowed, which HTTP asks for."""
+    answer = requests.get(f"{server.url}/v1/completions", timeout=DEADLINE)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "POST"
+    assert answer.json()["error"]["type"] == "invalid_request_error"

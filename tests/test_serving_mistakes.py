@@ -155,6 +155,15 @@ def test_what_exceeds_the_context_is_recognised_by_clients(server, path, body, p
     assert number in error["message"]
 
 
+@pytest.mark.parametrize("body", [{"model": "x" * 9_000}, {"x" * 9_000: 1}])
+def test_a_mistake_is_not_sent_back_as_a_whole(server, body):
+    """Catches: a megabyte in the answer, and in the client's log, for each that was sent."""
+    response = server.post(prompt="a", **body)
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 5000
+    assert "x" * 1000 in response.json()["error"]["message"]
+
+
 def test_another_model_is_404(server):
     """Catches: a model's name that is ignored."""
     response = server.post(model="gpt-5", prompt="a")

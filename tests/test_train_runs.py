@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sample
+from config import SampleConfig
 from tiny_training import TINY, assert_trees_close
 from training.checkpoints import Checkpoints
 from utils import TrainState, load_model
@@ -221,6 +223,24 @@ def test_sample_writes_what_generate_does(finished):
     title, printed = done.stdout.split("\n\n", 1)
     assert f"step {step}" in title
     assert printed == expected + "\n"
+
+
+def test_sample_stops_at_the_end_of_text(finished, monkeypatch, capsys):
+    """Catches samples that go on, after a document's end, with another document."""
+    model, tokenizer, _ = load_model(finished)
+    prompt = tokenizer.encode("abc")
+    [tokens] = model.for_inference().generate([prompt], 30, temperature=0)
+    new = tokens[len(prompt) :]
+    tokenizer.eos_id = new[9]
+    monkeypatch.setattr(sample, "open_model", lambda config: (model, tokenizer, "a model"))
+    sample.main(
+        SampleConfig(
+            out_dir=finished, start="abc", num_samples=1, max_new_tokens=30, temperature=0.0
+        )
+    )
+    _, printed = capsys.readouterr().out.split("\n\n", 1)
+    expected = new[: new.index(tokenizer.eos_id) + 1]
+    assert printed == "abc" + tokenizer.decode(expected) + "\n"
 
 
 @pytest.mark.parametrize(
