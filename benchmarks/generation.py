@@ -312,6 +312,7 @@ def jitted_products(model, config: EngineConfig) -> Callable:
 
     Each product needs the result of the one before, so that XLA leaves none out."""
     import jax
+    import jax.numpy as jnp
     from flax import nnx
 
     from kernels.cpu_kernels import choose_packing
@@ -322,10 +323,12 @@ def jitted_products(model, config: EngineConfig) -> Callable:
     @jax.jit
     def products(params, x):
         model = nnx.merge(graphdef, params)
+        R, T, _ = x.shape
         for block in model.h:
-            qkv = block.attn.c_attn(x, parts=3)  # (R, T, 3, C)
-            x = x + block.attn.c_proj(qkv.sum(2))
-            x = x + block.mlp.c_proj(block.mlp.c_fc(x))
+            q, k, v = block.attn.query_key_value(x, jnp.arange(T))
+            needs_all = q + (k + v).sum(2, keepdims=True)  # (R, T, H, D)
+            x = x + block.attn.c_proj(needs_all.reshape(R, T, -1))
+            x = x + block.mlp(x)
         return model.logits(x[:, -1:])
 
     # As an argument, the weights are no constants of the program.
