@@ -31,6 +31,8 @@ from errors import UserError
 from kernels import cpu_kernels
 from utils import TrainState
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

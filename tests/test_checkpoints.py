@@ -22,6 +22,8 @@ from tokenizer import CharTokenizer
 from training.checkpoints import Checkpoints, read_state
 from utils import TrainState
 
+pytestmark = pytest.mark.slow
+
 TINY = TrainConfig(
     model=GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8),
     max_iters=100,

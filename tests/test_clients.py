@@ -8,6 +8,8 @@ import pytest
 
 from running_server import CONFIG, TOKENIZER, events
 
+pytestmark = pytest.mark.slow
+
 openai = pytest.importorskip("openai")
 
 pytest_plugins = ["server_fixtures"]

@@ -17,6 +17,8 @@ from serving.conversation import Conversation, interrupts_noted, talk
 from tiny_engine import CONFIG, make_engine, make_model
 from tokenizer import HFTokenizer
 
+pytestmark = pytest.mark.slow
+
 END = 2  # <|im_end|>
 PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=1, ignore_eos=True)
 CONTEXT = CONFIG.block_size

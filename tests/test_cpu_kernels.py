@@ -27,6 +27,8 @@ from config import GPTConfig
 from errors import UserError
 from kernels import cpu_kernels as ck
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DIALECTS = {
     "native": (),

@@ -20,6 +20,8 @@ from tiny_training import TINY, TRAIN_TOKENS, VOCAB_SIZE
 from training import token_files
 from training.token_files import TokenFile, get_batch, load_data, windows_in_order
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def prepared(tmp_path) -> Path:

@@ -30,6 +30,8 @@ from tiny_engine import (
     prompts_of,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> GPT:

@@ -26,6 +26,8 @@ from evaluation.tries import Trie, arrays, pack, row_lengths
 from formats import hugging_face
 from kernels import cpu_kernels
 
+pytestmark = pytest.mark.slow
+
 EOT = "<|endoftext|>"
 TEXT = (
     "the naive approach is the naive one, and the other approach is the other one; "

@@ -20,6 +20,8 @@ from tokenizer import CharTokenizer
 from training.checkpoints import Checkpoints
 from utils import TrainState, load_model
 
+pytestmark = pytest.mark.slow
+
 SHAPE = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, bias=False)
 
 

@@ -32,6 +32,8 @@ from model import GPT
 from sequence import SamplingParams
 from training.run_start import MODEL_FIELDS
 
+pytestmark = pytest.mark.slow
+
 # Heads and heads of keys; widths that divide by nothing.
 NINE_THREE = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
 FOUR_ONE = {"num_attention_heads": 4, "num_key_value_heads": 1}

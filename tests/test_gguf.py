@@ -18,6 +18,8 @@ from gguf_files import make_hf, write_gguf
 from hugging_face import hf_logits, our_logits, same
 from model import GPT
 
+pytestmark = pytest.mark.slow
+
 KINDS = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.F16, Kind.BF16, Kind.Q4_K, Kind.Q6_K]
 
 

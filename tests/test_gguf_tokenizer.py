@@ -18,6 +18,8 @@ from gguf_files import SPECIAL, make_hf, tokenizer_keys, write_gguf
 from serving.chat import load_template
 from tokenizer import HFTokenizer, from_meta
 
+pytestmark = pytest.mark.slow
+
 STRINGS = int(os.environ.get("GGUF_STRINGS", 500))
 """How many random strings are compared: 10000 now and then."""
 

@@ -20,6 +20,8 @@ import pytest
 from mesh import processes_in_environment
 from ops import flash_attention, save_activations
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # XLA need not optimise programs that run a few times.
 FAST = {

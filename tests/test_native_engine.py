@@ -18,6 +18,8 @@ from same_bits import compare
 from sequence import Output, SamplingParams
 from tiny_engine import CONFIG, GREEDY, LAYOUT, prompts_of
 
+pytestmark = pytest.mark.slow
+
 PAGE = LAYOUT.page_size
 LLAMA = {
     "norm": "rmsnorm",
@@ -27,6 +29,8 @@ LLAMA = {
     "tied_head": False,
 }
 QWEN = {"n_head": 6, "n_kv_head": 2, "head_size": 10, "qkv_bias": True, "qk_norm": True, **LLAMA}
+FEW_PROGRAMS = dataclasses.replace(LAYOUT, max_num_seqs=2, prefill_tokens=2 * PAGE)
+"""A layout with few sizes of a call to compile."""
 KINDS = ["float32", "bfloat16", "int8"]
 
 
@@ -66,10 +70,11 @@ def test_logprobs_are_those_of_xla(kind, tolerance):
     twice, a head whose padding can be sampled."""
     prompts = prompts_of([1, 3, 4, 5, 17, 33, 2, 9])
     params = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
-    native = engine_of(kind)
+    few = {"max_num_seqs": 2, "prefill_tokens": 2 * PAGE}
+    native = engine_of(kind, **few)
     assert (native.runner.attention, native.runner.packing) == ("cpu", kind)
     logprobs = logprobs_of(native.generate(prompts, params, progress=False))
-    plain = engine_of(kind, cpu_kernels="off", weights=None)
+    plain = engine_of(kind, cpu_kernels="off", weights=None, **few)
     assert (plain.runner.attention, plain.runner.packing) == ("xla", None)
     expected = logprobs_of(plain.generate(prompts, params, progress=False))
     np.testing.assert_allclose(logprobs, expected, rtol=0, atol=tolerance)
@@ -91,7 +96,7 @@ def test_other_shapes_of_a_model(shape):
     model = model_of("float32", **shape)
     outputs = []
     for switch in ("auto", "off"):
-        layout = dataclasses.replace(LAYOUT, cpu_kernels=switch)
+        layout = dataclasses.replace(FEW_PROGRAMS, cpu_kernels=switch)
         engine = Engine(model, None, layout, progress=False)
         params = dataclasses.replace(GREEDY, logprobs=1)
         outputs.append(engine.generate(prompts, params, progress=False))
@@ -146,7 +151,7 @@ def test_a_chat_computes_its_past_once():
 
 def test_xla_finds_no_generated_tokens():
     """Catches: generated tokens, which have bits of their own with XLA, that serve as a prefix."""
-    engine = engine_of("float32", attention="xla")
+    engine = engine_of("float32", attention="xla", max_num_seqs=2, prefill_tokens=2 * PAGE)
     assert not engine.runner.same_bits_in_any_shape
     [prompt] = prompts_of([4])
     [[output]] = engine.generate([prompt], GREEDY, progress=False)

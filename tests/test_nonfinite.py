@@ -26,6 +26,8 @@ from training.checkpoints import Checkpoints
 from training.skipped_updates import SkippedUpdates, updates_made
 from utils import TrainState
 
+pytestmark = pytest.mark.slow
+
 SMALL = dataclasses.replace(
     TINY,
     model=dataclasses.replace(TINY.model, n_layer=1, n_embd=16, bias=False),

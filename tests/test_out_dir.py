@@ -30,6 +30,8 @@ from training.run_lock import RunLock
 from training.run_log import Log
 from utils import TrainState, load_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = dataclasses.replace(
     TINY,
     model=dataclasses.replace(TINY.model, n_layer=1, bias=False, dropout=0.1),

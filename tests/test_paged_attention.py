@@ -21,6 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 import paged_attention as pa
 from config import GPTConfig
 
+pytestmark = pytest.mark.slow
+
 P = 16  # tokens per page
 LAYER = 1  # the layer that is used
 FREE = 5  # pages that belong to no row

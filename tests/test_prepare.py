@@ -22,6 +22,8 @@ from cli import parse, user_errors
 from config import PrepareConfig
 from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -38,6 +38,8 @@ from hugging_face import (
 from model import GPT
 from tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

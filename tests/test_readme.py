@@ -20,6 +20,8 @@ from config import (
 from serving.config import ServeConfig
 from training.presets import TRAIN_PRESETS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -31,6 +31,8 @@ from sampling import (
 from sequence import SampleKey, SamplingParams, Sequence
 from tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.slow
+
 V = 100
 MODEL = GPTConfig(block_size=64, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
 ENGINE = EngineConfig(page_size=4, kv_blocks=51, max_num_seqs=1, prefill_tokens=32)

@@ -28,6 +28,8 @@ from running_server import COMPILING, DEADLINE, TOKENIZER, Running
 from serving.config import ServeConfig
 from serving.log import JSONLines, RequestLog, TextLines, log_request, wants_text
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["server_fixtures"]
 
 ROOT = Path(__file__).parents[1]

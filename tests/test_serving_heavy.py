@@ -24,6 +24,8 @@ from serving.routes import answer_validation_error
 from serving.served_model import LONG_TEXT, SHORT_TEXT
 from serving.turns import Turns
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["server_fixtures"]
 
 

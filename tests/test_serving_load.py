@@ -16,6 +16,8 @@ from heavy_requests import Limits
 from sequence import SamplingParams, Times
 from serving.metrics import Metrics, SampleEnd
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["server_fixtures"]
 
 

@@ -10,6 +10,8 @@ from running_server import DEADLINE, asgi
 from serving.gate import Gate
 from test_serving_answers import CHAT
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["server_fixtures"]
 
 BAD = [

@@ -25,6 +25,8 @@ from training.presets import TRAIN_PRESETS
 from training.run_start import write_description
 from utils import TrainState, create_optimizer, learning_rate_schedule, load_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def file(data_dir) -> TokenFile:

@@ -22,6 +22,8 @@ from tiny_training import TINY, assert_trees_close
 from training.checkpoints import Checkpoints
 from utils import TrainState, load_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FLAGS = [
     "--block_size=16",

@@ -35,6 +35,8 @@ from training.run_start import write_description
 from training.token_files import load_data
 from utils import TrainState, create_optimizer, learning_rate_schedule, open_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = dataclasses.replace(
     TINY, model=dataclasses.replace(TINY.model, n_layer=1, n_embd=16, bias=False)
 )
@@ -255,7 +257,7 @@ def test_logged_figures_are_arithmetic(tmp_path, monkeypatch):
         mesh=make_abstract_mesh(f"data:{devices}", devices),
         opt_state=optax.adam(1.0).init({"w": jnp.zeros(1)}),
     )
-    run = train.Run(config, {}, state, SimpleNamespace(notes=[]), None)
+    run = train.Run(config, {}, state, SimpleNamespace(notes=[], skipped_in_a_row=0), None)
     monkeypatch.setattr(run, "require_out_dir", lambda: None)
     run.throughput.restart(0)
     for step, seconds in ((20, 5.0), (60, 2.0)):
