@@ -15,7 +15,7 @@ from running_server import CONFIG, DEADLINE, TOKENIZER
 from server import Server
 from serving.config import ServeConfig
 from serving.gate import LARGE_BODY, Gate
-from serving.log import JSONLines
+from serving.log import JSONLines, RequestLog
 from serving.turns import Turns
 
 pytest_plugins = ["server_fixtures"]
@@ -259,3 +259,12 @@ def test_a_wrong_method_is_told_the_right_one(server):
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_log_tells_zeros():
+    """Catches: a request of no new tokens whose line looks like that of one that made none of its
+    own, such as /health."""
+    known = {"status": 200, "seconds": 0.0, "prompt_tokens": 3, "completion_tokens": 0}
+    fields = RequestLog("an-id", "POST", "/v1/completions", **known).fields()
+    assert {name: fields.get(name) for name in known} == known
+    assert "error" not in fields

@@ -41,6 +41,10 @@ class Growth:
     """How much each metric grows from when this is made."""
 
     def __init__(self, server) -> None:
+        """The requests of other tests, which share the server, have ended and are counted first:
+        the answer to another request comes only after that."""
+        server.until(lambda: is_empty(server), "idle")
+        server.complete(prompt="a", max_tokens=1)
         self.server = server
         self.before = read_metrics(server)
         self.after = self.before
