@@ -18,13 +18,13 @@ from cli import parse
 from config import (
     EvalConfig,
     ExportConfig,
-    PrepareConfig,
     SampleConfig,
     TrainConfig,
 )
 from errors import UserError
 from flags import memory_size, memory_text, value_of
 from serving.config import ServeConfig
+from training.prepare_config import PrepareConfig
 from training.presets import TRAIN_PRESETS
 
 ROOT = Path(__file__).parents[1]
