@@ -53,11 +53,11 @@ def read_messages(line: str, place: str) -> list[Message]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON: {error}", param="input") from error
     messages = value.get("messages") if isinstance(value, dict) else None
-    require(
-        isinstance(messages, list) and bool(messages),
-        f'{place} must be a conversation, {{"messages": [{{"role": ..., "content": ...}}, ...]}}',
-        param="input",
-    )
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f'{place} must be a conversation, {{"messages": [{{"role": ..., "content": ...}}, ...]}}',
+            param="input",
+        )
     for message in messages:
         require_message(message, place)
     require(
