@@ -55,7 +55,8 @@ def read_messages(line: str, place: str) -> list[Message]:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError(
-            f'{place} must be a conversation, {{"messages": [{{"role": ..., "content": ...}}, ...]}}',
+            f'{place} must be a conversation, {{"messages": [{{"role": ..., "content": ...}}, '
+            "...]}",
             param="input",
         )
     for message in messages:
