@@ -108,7 +108,7 @@ TRAIN_PRESETS: dict[str, Preset[TrainConfig]] = {
     # at a small rate forgets little.
     "finetune_chat": Preset(
         "teaches a chat model (--init_from=FILE.gguf) the conversations of prepare.py chat; "
-        "minutes on two CPU cores for SmolLM2-135M",
+        "minutes on two CPU cores for 135M parameters",
         TrainConfig(
             model=GPTConfig(block_size=512),
             dataset="chat",
