@@ -187,7 +187,7 @@ def test_a_wrong_unit_is_told_the_right_ones(text, capsys):
         ("export", "--to is missing: --to=PATH"),
         (
             "prepare",
-            "NAME is missing: pystdlib_char, shakespeare_char, shakespeare, openwebtext or",
+            "NAME is missing: pystdlib_char, shakespeare_char, shakespeare, openwebtext, text or",
         ),
         ("prepare --tokenizer=char", "NAME is missing: pystdlib_char"),
         ("prepare --tokenizer char", "NAME is missing: pystdlib_char"),
