@@ -365,65 +365,6 @@ class SampleConfig(CPUConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """Turn text into the token files that train.py reads."""
-
-    name: tyro.conf.Positional[
-        Literal["pystdlib_char", "shakespeare_char", "shakespeare", "openwebtext", "text"]
-    ]
-    """pystdlib_char: this Python's own standard library, by characters, which needs no network;
-    shakespeare_char and shakespeare: Tiny Shakespeare, by characters and in GPT-2's tokens;
-    openwebtext: 8 million web pages, in GPT-2's tokens; text: your own files."""
-    input: tuple[Path, ...] = ()
-    """UTF-8 files: what text is made of, or your Tiny Shakespeare if there is no network."""
-    tokenizer: Annotated[Literal["char", "gpt2"] | None, default_is("gpt2")] = None
-    """Tokens of text: characters, or GPT-2's BPE. The other names say theirs."""
-    out_dir: Annotated[Path | None, default_is("data/NAME")] = None
-    """Directory for train.bin, val.bin and meta.json, in place of those of an earlier run."""
-    num_proc: Annotated[int | None, default_is("half the CPU cores")] = None
-    """Processes that tokenize openwebtext."""
-    verify: bool = False
-    """Write nothing: compare the files that are there with the sizes and SHA-256 in meta.json, and
-    every token with the vocabulary."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.tokenizer in (None, self.tokenizer_name),
-            f"{self.name} has tokenizer={self.tokenizer_name}: "
-            f"use text for tokenizer={self.tokenizer}",
-            param="tokenizer",
-        )
-        require(
-            bool(self.input) or self.verify or self.name != "text",
-            "text needs the files it is made of: --input FILE ...",
-            param="input",
-        )
-        require(
-            not self.input or self.name not in ("pystdlib_char", "openwebtext"),
-            f"{self.name} takes no input: use text for your own files",
-            param="input",
-        )
-        require(
-            self.num_proc is None or self.name == "openwebtext",
-            "num_proc is for openwebtext alone",
-            param="num_proc",
-        )
-        require_at_least(self, 1, "num_proc")
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Tokenizer of the data set: char or gpt2."""
-        if self.name == "text":
-            return self.tokenizer or "gpt2"
-        return "char" if self.name.endswith("_char") else "gpt2"
-
-    @property
-    def data_path(self) -> Path:
-        """Directory for train.bin, val.bin and meta.json."""
-        return self.out_dir or Path("data") / self.name
-
-
-@dataclass(frozen=True)
 class EngineConfig(CPUConfig):
     """How an engine lays out its memory and its steps."""
 

@@ -370,7 +370,7 @@ class GPT(nnx.Module):
     ) -> jax.Array:
         """Return the mean cross-entropy in nats of targets given tokens, both (B, T).
 
-        A target of -1 does not count. With chunks > 1 logits exist for T / chunks positions at a
+        A target below 0 does not count. With chunks > 1 logits exist for T / chunks positions at a
         time, in the backward pass too, where they are computed again: (B, T, V) in float32 is never
         held."""
         x, _ = self.hidden(tokens, dropout_key=dropout_key)

@@ -6,7 +6,7 @@ however long the text is. data/README.md explains the names and the files.
 """
 
 import cli
-from config import PrepareConfig
+from training.prepare_config import PrepareConfig
 
 if __name__ == "__main__":
     cli.run("prepare", PrepareConfig)
@@ -26,10 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import pretrained
+from config import SampleConfig
 from errors import UserError, require
 from formats.hub import one_hub_warning
+from serving.chat import NO_CHAT_TEMPLATE, load_template
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from training import token_files
+from training.conversations import encode_conversation, read_conversations, split_conversations
 
 if TYPE_CHECKING:
     import datasets
@@ -40,7 +44,7 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face Hub
-OUTPUTS = {"train.bin", "val.bin", "meta.json"}
+OUTPUTS = {"train.bin", "val.bin", "train_marks.bin", "val_marks.bin", "meta.json"}
 CHUNK = 1 << 20  # characters that are read at a time
 UINT16_IDS = 1 << 16  # as many ids as uint16 can tell apart
 
@@ -53,6 +57,10 @@ class TokenizedText(NamedTuple):
     tokenizer: Tokenizer
     splits: dict[str, Iterator[Any]]
     """train and val: their ids in pieces, each an array or a list."""
+    marks: dict[str, Iterator[Any]] | None = None
+    """Of conversations, for each split what is to be learned: see training/conversations.py."""
+    chat: dict[str, str] | None = None
+    """Of conversations, the chat template and the names it uses, as tokenizer_config.json."""
 
 
 def main(config: PrepareConfig) -> None:
@@ -78,11 +86,16 @@ def main(config: PrepareConfig) -> None:
         new.mkdir()
         if config.name == "openwebtext":
             text = openwebtext(config.num_proc)
+        elif config.name == "chat":
+            text = encode_chats(config)
         else:
             source, files = text_files(config, scratch)
             text = encode_files(source, files, config.tokenizer_name)
         meta = text.tokenizer.meta()
         meta |= write_splits(text.splits, new, text.tokenizer.vocab_size)
+        meta |= write_marks(text.marks or {}, new)
+        if text.chat is not None:
+            meta["chat"] = text.chat
         meta["source"] = text.source
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         replace(out, new, scratch / "old")
@@ -243,6 +256,34 @@ def encode_files(source: str, files: list[Path], tokenizer_name: str) -> Tokeniz
     return TokenizedText(source, tokenizer, splits)
 
 
+def encode_chats(config: PrepareConfig) -> TokenizedText:
+    """Return conversations in the tokens and the chat template of the model config.init_from.
+
+    Raises UserError if the model has no template, or a line is no conversation."""
+    model = SampleConfig(init_from=config.init_from)
+    tokenizer = pretrained.load_tokenizer(str(config.init_from))
+    template = load_template(model, tokenizer)
+    require(template is not None, f"{config.init_from}: {NO_CHAT_TEMPLATE}", param="init_from")
+    assert template is not None, "that is required above"
+    for file in (*config.input, *config.val_input):
+        require(file.is_file(), f"there is no file {file}", param="input")
+    conversations, held_out = (
+        [
+            encode_conversation(messages, template.encode, tokenizer, place)
+            for place, messages in read_conversations(files)
+        ]
+        for files in (config.input, config.val_input)
+    )
+    parts = split_conversations(conversations, held_out)
+    return TokenizedText(
+        ", ".join(map(str, (*config.input, *config.val_input))),
+        tokenizer,
+        {name: (one.ids for one in part) for name, part in parts.items()},
+        {name: (one.marks for one in part) for name, part in parts.items()},
+        {"chat_template": template.source, **template.special_names},
+    )
+
+
 def scan(files: list[Path]) -> tuple[list[int], set[str]]:
     """Return the length of each file in characters, and all characters that occur in them.
 
@@ -339,6 +380,16 @@ def write_splits(
         )
         meta[f"{split}_tokens"] = tokens
         meta[f"{split}_sha256"] = sha256
+    return meta
+
+
+def write_marks(marks: dict[str, Iterator[Any]], directory: Path) -> dict[str, Any]:
+    """Write each split's marks to directory/SPLIT_marks.bin; return what meta.json says of them."""
+    meta = {}
+    for split, arrays in marks.items():
+        _, meta[f"{split}_marks_sha256"] = write_ids(
+            arrays, directory / f"{split}_marks.bin", np.dtype(np.uint8)
+        )
     return meta
 
 

@@ -116,7 +116,7 @@ class Server(uvicorn.Server):
             log.info("stopping at once")
             self.exit_soon()
             return
-        self.worker.draining = True
+        self.worker.begin_draining()
         log.info(
             "draining for up to %g s (requests open: %d); a second signal does not wait",
             self.drain_timeout,

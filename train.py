@@ -128,6 +128,11 @@ def mean_loss_and_grads(
     return jax.tree.map(lambda x: x / A, total)
 
 
+def read_tokens(tokens: jax.Array) -> jax.Array:
+    """Return the ids of tokens as get_batch gives them, where ~id is a token that is no target."""
+    return jnp.where(tokens < 0, ~tokens, tokens)
+
+
 def loss_and_grads(
     state: TrainState,
     tokens: jax.Array,
@@ -142,7 +147,7 @@ def loss_and_grads(
 
     def loss_of(params: Params) -> jax.Array:
         model = dataclasses.replace(state, params=params).model
-        inputs = tokens[:, :-1]
+        inputs = read_tokens(tokens[:, :-1])
         targets = tokens[:, 1:]
         return model.loss(inputs, targets, chunks=config.loss_chunks, dropout_key=dropout_key)
 
@@ -155,8 +160,8 @@ def loss_and_grads(
 
 @partial(jax.jit, static_argnames="config")
 def eval_step(state: TrainState, tokens: jax.Array, config: TrainConfig) -> jax.Array:
-    """Return the mean loss of tokens (B, T+1), without dropout; targets of -1 do not count."""
-    inputs = jnp.maximum(tokens[:, :-1], 0)
+    """Return the mean loss of tokens (B, T+1), without dropout; targets below 0 do not count."""
+    inputs = read_tokens(tokens[:, :-1])
     return state.model.loss(inputs, tokens[:, 1:], chunks=config.loss_chunks)
 
 
@@ -198,7 +203,7 @@ def full_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
         batch = put_batch(state.mesh, windows.shape, windows.__getitem__)
         total += float(eval_step(state, batch, config)) * targets
         count += targets
-    return total / count
+    return total / max(count, 1)
 
 
 # --- A run.

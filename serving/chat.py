@@ -27,8 +27,8 @@ SPECIAL_NAMES = {"bos_token", "eos_token"}
 
 NO_CHAT_TEMPLATE = (
     "this model has no chat template: start with --chat_template=FILE, or with an --init_from=DIR "
-    "that brings one in tokenizer_config.json or chat_template.jinja, or with a GGUF file that has "
-    "one"
+    "that brings one in tokenizer_config.json or chat_template.jinja, or with a GGUF file or an "
+    "--out_dir=DIR that has one"
 )
 
 MATCHES_NOTHING = "(?!)"
@@ -119,8 +119,8 @@ class ChatTemplate:
 
 
 def load_template(config: ServeConfig | SampleConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the template of the file config.chat_template or else of the directory or GGUF file
-    config.init_from; None if neither has one.
+    """Return the template of the file config.chat_template or else of the model: a directory or
+    GGUF file, or a run of train.py on conversations; None if neither has one.
 
     Raises UserError if the directory has several, or one that is no Jinja."""
     directory = model_directory(config)
@@ -145,7 +145,9 @@ def model_directory(config: ServeConfig | SampleConfig) -> Path | None:
 
 def load_settings(config: ServeConfig | SampleConfig, directory: Path | None) -> dict[str, Any]:
     """Return the content of the directory's tokenizer_config.json, which it need not have, or what
-    a GGUF file says of the same."""
+    a GGUF file or a run of train.py says of the same."""
+    if config.out_dir is not None and (config.out_dir / "meta.json").is_file():
+        return hugging_face.load_json(config.out_dir / "meta.json").get("chat", {})
     if config.init_from is not None and is_gguf(config.init_from):
         file = open_gguf(config.init_from)
         return read_chat_settings(file.metadata, file.path)

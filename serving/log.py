@@ -14,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger("server")
 
-POLLED_PATHS = ("/health", "/metrics", "/pool")
+POLLED_PATHS = ("/health", "/metrics", "/pool", "/pool/events")
 """Pages and load balancers ask for these every second or two: too often for the log."""
 
 

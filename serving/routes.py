@@ -11,13 +11,15 @@ import fastapi
 import jax
 import prometheus_client
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from errors import UserError
 from serving import protocol, status
 from serving.api_errors import APIError, invalid_request, refused
 from serving.chat import NO_CHAT_TEMPLATE
+from serving.descriptions import describe
+from serving.pool_events import event_stream, pool_frames
 from serving.served_model import ServedModel
 
 VERSION = "0.1.0"
@@ -25,10 +27,13 @@ VERSION = "0.1.0"
 # For the OpenAPI page: a 200 may also be a stream.
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
+PAGE_DIRECTORY = Path(__file__).parent / "page"
+PAGE_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+
 # The page calls nobody but this server, and nobody may frame it.
 PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src data:; "
-    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+    "default-src 'none'; connect-src 'self'; img-src data:; script-src 'self'; style-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -89,7 +94,20 @@ def create_app(model: ServedModel) -> fastapi.FastAPI:
     add_model(app, model)
     add_state(app, model)
     add_page(app)
+    describe_fields(app)
     return app
+
+
+def describe_fields(app: fastapi.FastAPI) -> None:
+    """Let /openapi.json say of every field what it does."""
+    make_schema = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = make_schema()
+        describe(schema)
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI documents it
 
 
 def add_completions(app: fastapi.FastAPI, model: ServedModel) -> None:
@@ -97,6 +115,7 @@ def add_completions(app: fastapi.FastAPI, model: ServedModel) -> None:
 
     @app.post("/v1/completions", response_model=protocol.Completion, responses=STREAMED)
     async def completions(body: protocol.CompletionRequest) -> Response:
+        """Continue one prompt or several."""
         return await model.complete(body)
 
 
@@ -109,6 +128,7 @@ def add_chat(app: fastapi.FastAPI, model: ServedModel) -> None:
 
     @app.post(path, response_model=protocol.ChatCompletion, responses=STREAMED)
     async def chat_completions(body: protocol.ChatRequest) -> Response:
+        """Answer a conversation with the assistant's next turn."""
         return await model.chat(body)
 
 
@@ -125,10 +145,12 @@ def add_tokens(app: fastapi.FastAPI, model: ServedModel) -> None:
 
     @app.post("/tokenize", response_model=protocol.Tokens)
     async def tokenize(body: protocol.TokenizeRequest) -> Response:
+        """Token ids of a text, or of a conversation as the model would see it."""
         return await model.tokenize(body)
 
     @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> protocol.Text:
+        """Text of token ids."""
         return await model.detokenize(body)
 
 
@@ -137,14 +159,17 @@ def add_model(app: fastapi.FastAPI, model: ServedModel) -> None:
 
     @app.get("/v1/models")
     async def models() -> protocol.ModelList:
+        """What is served."""
         return protocol.ModelList(data=[model.card()])
 
     @app.get("/v1/models/{name:path}")  # a name may hold slashes
     async def retrieve_model(name: str) -> protocol.ModelCard:
+        """The model of this name."""
         return model.card(name)
 
     @app.get("/version")
     async def version() -> status.Version:
+        """Versions of the server and of JAX."""
         return status.Version(version=VERSION, jax=jax.__version__)
 
 
@@ -153,11 +178,13 @@ def add_state(app: fastapi.FastAPI, model: ServedModel) -> None:
 
     @app.get("/health")
     async def health() -> status.Health:
+        """200 when a request sent now would be served, else 503 with the reason."""
         model.worker.require_ready()
         return status.Health()
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """Counters and histograms for Prometheus, under vLLM's names."""
         text = model.worker.metrics.text()
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -166,12 +193,38 @@ def add_state(app: fastapi.FastAPI, model: ServedModel) -> None:
         """Who holds which page of the KV cache, as of now."""
         return await model.pool()
 
+    @app.get("/pool/events", response_model=status.Pool, responses=STREAMED)
+    async def pool_events() -> Response:
+        """Who holds which page, as server-sent events: now, and after each change."""
+        model.worker.require_ready()
+        return event_stream(pool_frames(model))
+
 
 def add_page(app: fastapi.FastAPI) -> None:
-    """Add a page to try the model on, and to watch the page pool."""
-    html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    """Add a page to try the model on and to watch the page pool, and one that explains the API.
+
+    All of their files are read now, so that a path can name no other."""
+    contents = {path.name: path.read_bytes() for path in PAGE_DIRECTORY.iterdir()}
 
     @app.get("/", include_in_schema=False)
-    @app.get("/docs", include_in_schema=False)
     async def page() -> Response:
-        return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})
+        return page_file(contents, "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return page_file(contents, "docs.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        return page_file(contents, name)
+
+
+def page_file(contents: dict[str, bytes], name: str) -> Response:
+    """Return a file of the page. Raises APIError 404 if there is none of this name.
+
+    The browser asks each time whether it is still the newest, because it has no version."""
+    media_type = PAGE_MEDIA_TYPES.get(Path(name).suffix)
+    if name not in contents or media_type is None:
+        raise APIError(404, f"the page has no file {name!r}")
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+    return Response(contents[name], media_type=media_type, headers=headers)

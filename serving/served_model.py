@@ -144,6 +144,8 @@ class ServedModel:
             page_size=self.config.engine.page_size,
             running=stats.running,
             waiting=stats.waiting,
+            queried_tokens=stats.queried_tokens,
+            hit_tokens=stats.hit_tokens,
             requests=requests,
             used=used,
         )

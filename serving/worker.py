@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -76,6 +76,7 @@ class Worker:
         self.idle = asyncio.Event()  # set while no job is open
         self.idle.set()
         self.draining = False
+        self.watchers: set[asyncio.Event] = set()  # read by the engine's thread: are there any?
 
     # On the event loop.
 
@@ -109,6 +110,25 @@ class Worker:
         problem = self.problem()
         if problem is not None:
             raise unavailable(problem)
+
+    def begin_draining(self) -> None:
+        """Admit nothing from now on, and tell those who watch."""
+        self.draining = True
+        self._wake_watchers()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[asyncio.Event]:
+        """Inside, the event is set after each step of the engine, and when the server ends."""
+        changed = asyncio.Event()
+        self.watchers.add(changed)
+        try:
+            yield changed
+        finally:
+            self.watchers.discard(changed)
+
+    def _wake_watchers(self) -> None:
+        for changed in self.watchers:
+            changed.set()
 
     def stats_and_queued(self) -> tuple[Stats, int] | None:
         """Return the engine's statistics as of the last step, and how many prompts it has not taken
@@ -231,6 +251,7 @@ class Worker:
 
     def _announce_death(self) -> None:
         self.fail_all(APIError(500, "the engine has died; the server is going down"))
+        self._wake_watchers()
         self.on_death()
 
     # On the engine's thread.
@@ -258,8 +279,10 @@ class Worker:
     def _turn(self, engine: Engine) -> None:
         """Carry out what the event loop asks for, advance the engine by a step, and report."""
         commands, prompts_taken = self._wait_for_work(engine)
+        was_busy = engine.busy  # a command may end the last request
         for command in commands:
             command(engine)
+        changes = was_busy or engine.busy
         tokens_before = tokens_done(engine)
         self.step_began = time.monotonic()
         outputs = engine.step() if engine.busy else []
@@ -267,6 +290,8 @@ class Worker:
         self._publish_stats(engine, prompts_taken)
         self._return_outputs(outputs, tokens_done(engine) - tokens_before)
         self._forget_ended(engine, outputs)
+        if changes and self.watchers:
+            self._post(self._wake_watchers)
 
     def _wait_for_work(self, engine: Engine) -> tuple[list[Command], int]:
         """Return the commands in the inbox, and how many prompts they bring; sleep while there is

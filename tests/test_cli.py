@@ -18,13 +18,13 @@ from cli import parse
 from config import (
     EvalConfig,
     ExportConfig,
-    PrepareConfig,
     SampleConfig,
     TrainConfig,
 )
 from errors import UserError
 from flags import memory_size, memory_text, value_of
 from serving.config import ServeConfig
+from training.prepare_config import PrepareConfig
 from training.presets import TRAIN_PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +187,7 @@ def test_a_wrong_unit_is_told_the_right_ones(text, capsys):
         ("export", "--to is missing: --to=PATH"),
         (
             "prepare",
-            "NAME is missing: pystdlib_char, shakespeare_char, shakespeare, openwebtext or",
+            "NAME is missing: pystdlib_char, shakespeare_char, shakespeare, openwebtext, text or",
         ),
         ("prepare --tokenizer=char", "NAME is missing: pystdlib_char"),
         ("prepare --tokenizer char", "NAME is missing: pystdlib_char"),

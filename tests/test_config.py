@@ -9,12 +9,13 @@ import pytest
 import config
 import pretrained
 from bench import BENCHES
-from config import EngineConfig, GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from config import EngineConfig, GPTConfig, SampleConfig, TrainConfig
 from errors import UserError
 from flags import field_docstrings
 from formats.parameters import RopeScaling
 from serving.config import ServeConfig
 from train import tokens_per_update
+from training.prepare_config import PrepareConfig
 from training.presets import TRAIN_PRESETS
 
 CONFIGS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]

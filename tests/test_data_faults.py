@@ -13,11 +13,12 @@ import pytest
 
 import prepare
 import train
-from config import PrepareConfig, TrainConfig
+from config import TrainConfig
 from errors import UserError
 from mesh import make_mesh
 from tiny_training import TINY, TRAIN_TOKENS, VOCAB_SIZE
 from training import token_files
+from training.prepare_config import PrepareConfig
 from training.token_files import TokenFile, get_batch, load_data, windows_in_order
 
 pytestmark = pytest.mark.slow

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import prepare
 from cli import parse, user_errors
-from config import PrepareConfig
 from tokenizer import CharTokenizer, GPT2Tokenizer, from_meta
+from training.prepare_config import PrepareConfig
 
 pytestmark = pytest.mark.slow
 

@@ -13,11 +13,11 @@ from bench import BENCHES
 from config import (
     EvalConfig,
     ExportConfig,
-    PrepareConfig,
     SampleConfig,
     TrainConfig,
 )
 from serving.config import ServeConfig
+from training.prepare_config import PrepareConfig
 from training.presets import TRAIN_PRESETS
 
 pytestmark = pytest.mark.slow

@@ -39,6 +39,21 @@ def batch(shape: tuple[int, ...] = (1, 4, 17), seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(VOCAB_SIZE, size=shape, dtype=np.int32)
 
 
+def test_what_is_only_read_is_read_and_not_learned():
+    """Catches marks that hide a token from the model, and a question that counts in the loss."""
+    state = TrainState.create(TINY)
+    tokens = batch()[0]
+    is_learned = np.random.default_rng(1).random(tokens.shape) < 0.4
+    marked = np.where(is_learned, tokens, ~tokens)
+    logits = state.model(tokens[:, :-1])[0]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    expected = float(losses[is_learned[:, 1:]].mean())
+    assert abs(float(losses.mean()) - expected) > 1e-3
+    assert abs(float(train.eval_step(state, marked, TINY)) - expected) < 1e-5
+    trained = train.loss_and_grads(state, marked, jax.random.key(0), 0, TINY)[0]
+    assert abs(float(trained) - expected) < 1e-5
+
+
 def test_every_window_is_seen_once_per_epoch(tmp_path):
     """Catches sampling with replacement, an epoch that repeats its order or its cuts, targets that
     are not the next tokens."""

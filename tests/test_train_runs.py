@@ -205,6 +205,14 @@ def test_finetuning_starts_from_the_given_weights(data_dir, finished, tmp_path):
     val_losses = [row["val_loss"] for row in rows(tmp_path / "out") if "val_loss" in row]
     assert val_losses[0] < np.log(23) - 0.3
 
+    goes_on = finetuning(data_dir, "resume", tmp_path / "out", *short[1:], "--max_iters=4")
+    done = run("train.py", *goes_on)  # which has no flag that describes the model
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "out")[-1]["step"] == 4
+    contradicts = run("train.py", *goes_on, "--n_layer=5")
+    assert contradicts.returncode == 2
+    assert "n_layer=5" in contradicts.stderr
+
     other_shape = finetuning(data_dir, tmp_path / "hf", tmp_path / "other", "--n_layer=5")
     refused = run("train.py", *other_shape)
     assert refused.returncode == 2

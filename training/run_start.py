@@ -18,7 +18,7 @@ import tokenizer
 from checkpoints import Checkpoint, checkpoints_in, read_description
 from config import GPTConfig, TrainConfig
 from errors import UserError, require
-from formats.checksums import seal
+from formats.checksums import read_sealed, seal
 from mesh import training_mesh, use_cpu_cores, whole_sequences
 from model import Params
 from ops import choose_attention
@@ -122,6 +122,8 @@ def prepare_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[TrainConfi
 
     Weights are on the host; there are none where a run begins from scratch or goes on."""
     model = dataclasses.replace(config.model, vocab_size=meta["vocab_size"])
+    if config.init_from == "resume":
+        model = resumed_model(config, model)
     if config.init_from in ("scratch", "resume"):
         return dataclasses.replace(config, model=model), None
     model, params = pretrained.read(config.init_from, **pretrained.changed(model))
@@ -132,6 +134,27 @@ def prepare_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[TrainConfi
         param="init_from",
     )
     return dataclasses.replace(config, model=model), params
+
+
+def resumed_model(config: TrainConfig, model: GPTConfig) -> GPTConfig:
+    """Return model or, if the run in config.out_dir began from a pretrained one, what that was.
+
+    Nobody described such a model by flags, so nobody need do it to go on. A flag that was given
+    stays, and open_checkpoints refuses one that contradicts the run."""
+    if began_from(config) in ("scratch", "resume"):
+        return model
+    saved = GPTConfig.from_json(read_sealed(config.out_dir / "config.json", sealed=True)["model"])
+    given = pretrained.changed(model)
+    kept = {name: getattr(saved, name) for name in MODEL_FIELDS if name not in given}
+    return dataclasses.replace(model, **kept)
+
+
+def began_from(config: TrainConfig) -> str:
+    """Return the init_from that the run in config.out_dir had when it began."""
+    description = config.out_dir / "config.json"
+    if config.init_from != "resume" or not description.is_file():
+        return config.init_from
+    return read_sealed(description, sealed=False).get("began_from", "scratch")
 
 
 def open_checkpoints(config: TrainConfig, meta: dict[str, Any]) -> Checkpoints:
@@ -185,6 +208,7 @@ def write_description(config: TrainConfig, meta: dict[str, Any]) -> None:
     description = {
         "model": dataclasses.asdict(config.model),
         "train": dataclasses.asdict(config),
+        "began_from": began_from(config),
     }
     for name, content in (("config.json", description), ("meta.json", meta)):
         text = json.dumps(seal(content), indent=1, default=str)

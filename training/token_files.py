@@ -26,8 +26,14 @@ META_TYPES = {
     "dtype": str,
     **{f"{split}_tokens": int for split in SPLITS},
     **{f"{split}_sha256": str for split in SPLITS},
+    **{f"{split}_marks_sha256": str for split in SPLITS},
 }
 """What meta.json says about the files, by type. Other programs' may lack all but the first two."""
+BEGINS = 1
+"""The mark of a token that begins a conversation, in a file of marks: a byte for each token."""
+LEARNED = 2
+"""The mark of a token that is learned: as a target it counts in the loss, others do not."""
+MARKS = BEGINS | LEARNED
 TOKENS_AT_ONCE = 1 << 22
 """Tokens that `verify` reads at a time."""
 
@@ -40,6 +46,8 @@ class TokenFile(NamedTuple):
     """uint16 or uint32."""
     vocab_size: int | None = None
     """Ids are below this; None: they are not checked."""
+    marks_path: Path | None = None
+    """A file of marks, a byte for each token; without one every token is learned."""
 
     def read(self) -> np.memmap:
         """Return all tokens, mapped anew and not checked.
@@ -67,6 +75,30 @@ class TokenFile(NamedTuple):
             )
         return ids.astype(np.int32)
 
+    def marks(self, positions: np.ndarray | slice) -> np.ndarray:
+        """Return the marks at these positions, uint8. Raises UserError if a byte is none."""
+        assert self.marks_path is not None, "only a file of conversations has marks"
+        marks = np.memmap(self.marks_path, np.uint8, mode="r")[positions]
+        require(
+            marks.size == 0 or int(marks.max()) <= MARKS,
+            f"{self.marks_path} has a byte {marks.max(initial=0)}, and marks are at most {MARKS}: "
+            "prepare the data again",
+            param="data_dir",
+        )
+        return marks
+
+    def windows(self, positions: np.ndarray) -> np.ndarray:
+        """Return the tokens at positions (..., T+1), as int32, to train on.
+
+        A token that is only read, and is no target, is ~id: below 0, as targets that do not count
+        are. So are all in front of a window's first conversation, whose own beginning it lacks."""
+        ids = self.tokens(positions)
+        if self.marks_path is None:
+            return ids
+        marks = self.marks(positions)
+        is_whole = np.logical_or.accumulate(marks & BEGINS, axis=-1).astype(bool)
+        return np.where(is_whole & (marks & LEARNED).astype(bool), ids, ~ids)
+
 
 # --- Opening a data set.
 
@@ -82,13 +114,23 @@ def load_data(data_dir: Path) -> tuple[dict[str, TokenFile], dict[str, Any]]:
         param="data_dir",
     )
     meta = read_meta(data_dir / "meta.json")
-    files = {
-        split: TokenFile(data_dir / f"{split}.bin", meta["dtype"], meta["vocab_size"])
-        for split in SPLITS
-    }
-    for split, file in files.items():
-        require_size(file, meta.get(f"{split}_tokens"))
+    files = {split: open_split(data_dir, split, meta) for split in SPLITS}
     return files, meta
+
+
+def open_split(data_dir: Path, split: str, meta: dict[str, Any]) -> TokenFile:
+    """Return a split whose files have the sizes that meta tells. Raises UserError."""
+    path = data_dir / f"{split}.bin"
+    tokens = meta.get(f"{split}_tokens")
+    if not meta.get(f"{split}_marks_sha256"):
+        file = TokenFile(path, meta["dtype"], meta["vocab_size"])
+        require_size(file, tokens)
+        return file
+    marks_path = data_dir / f"{split}_marks.bin"
+    file = TokenFile(path, meta["dtype"], meta["vocab_size"], marks_path)
+    require_size(file, tokens)
+    require_size(TokenFile(marks_path, "uint8"), len(file.read()))
+    return file
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -160,25 +202,35 @@ def verify(data_dir: Path) -> dict[str, Any]:
     vocabulary."""
     files, meta = load_data(data_dir)
     for split, file in files.items():
-        expected = meta.get(f"{split}_sha256")
-        require(
-            expected is not None,
-            f"{data_dir / 'meta.json'} has no {split}_sha256 to compare with: prepare the data "
-            "again",
-            param="verify",
-        )
         digest = hashlib.sha256()
+        marks_digest = hashlib.sha256()
         for start in range(0, len(file.read()), TOKENS_AT_ONCE):
             piece = slice(start, start + TOKENS_AT_ONCE)
             file.tokens(piece)
             digest.update(file.read()[piece].tobytes())
-        require(
-            digest.hexdigest() == expected,
-            f"{file.path} is damaged: its SHA-256 is {digest.hexdigest()}, but meta.json has "
-            f"{expected}; prepare the data again",
-            param="verify",
-        )
+            if file.marks_path is not None:
+                marks_digest.update(file.marks(piece).tobytes())
+        require_digest(file.path, digest.hexdigest(), f"{split}_sha256", meta)
+        if file.marks_path is not None:
+            name = f"{split}_marks_sha256"
+            require_digest(file.marks_path, marks_digest.hexdigest(), name, meta)
     return meta
+
+
+def require_digest(path: Path, digest: str, name: str, meta: dict[str, Any]) -> None:
+    """Raise UserError unless meta has this SHA-256 of a file, by the name."""
+    expected = meta.get(name)
+    require(
+        expected is not None,
+        f"{path.parent / 'meta.json'} has no {name} to compare with: prepare the data again",
+        param="verify",
+    )
+    require(
+        digest == expected,
+        f"{path} is damaged: its SHA-256 is {digest}, but meta.json has {expected}; prepare the "
+        "data again",
+        param="verify",
+    )
 
 
 # --- Cutting batches.
@@ -200,7 +252,8 @@ def get_batch(
     """Return batch t of `shape` (..., B, T), or only `rows` of the B.
 
     It is tokens (..., B, T+1) int32, whose first T are the input and whose last T are the targets:
-    the same tokens however they are divided. A pure function of its arguments.
+    the same tokens however they are divided. Of conversations, a token that is no target is ~id:
+    see TokenFile.windows. A pure function of its arguments.
 
     In every epoch the file is cut into windows of T at another offset, and each window is seen
     once, in shuffled order; the order of an epoch is the only thing kept in memory (8 bytes a
@@ -221,7 +274,7 @@ def get_batch(
         offset, order = epoch_order(seed, number // windows, windows, T)
         starts.append(offset + T * order[number % windows])
     positions = np.array(starts).reshape(*numbers.shape, 1) + np.arange(T + 1)
-    return file.tokens(positions)
+    return file.windows(positions)
 
 
 def windows_in_order(file: TokenFile, shape: tuple[int, int]) -> Iterator[tuple[np.ndarray, int]]:
@@ -232,7 +285,9 @@ def windows_in_order(file: TokenFile, shape: tuple[int, int]) -> Iterator[tuple[
     B, T = shape
     last = len(file.read()) - 1
     for start in range(0, last, B * T):
-        tokens = file.tokens(slice(start, start + B * T + 1))
-        targets = len(tokens) - 1
-        padded = np.pad(tokens, (0, B * T - targets), constant_values=-1)
-        yield padded[np.arange(B)[:, None] * T + np.arange(T + 1)], targets
+        firsts = np.arange(start, min(start + B * T, last), T)
+        positions = np.minimum(firsts[:, None] + np.arange(T + 1), last)
+        tokens = file.windows(positions)
+        tokens[firsts[:, None] + np.arange(T + 1) > last] = -1
+        rows = np.pad(tokens, ((0, B - len(tokens)), (0, 0)), constant_values=-1)
+        yield rows, int((rows[:, 1:] >= 0).sum())
