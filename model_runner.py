@@ -35,6 +35,7 @@ from paged_attention import (
 from sampling import Slots, StepNeeds, sample_tokens, slot_row
 from scheduler import Plan, Row, Sample
 from sequence import MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
+from structured.masks import put_masks, write_masks
 
 Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
 HostOrDevice = jax.Array | np.ndarray
@@ -49,8 +50,7 @@ ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 2)
 """Sizes of a decode call to try besides the largest. A product with one row has bits of its own,
 and 4 rows cost nearly what 8 do."""
 
-NATIVE_ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 1)
-"""The same where native code computes."""
+NATIVE_ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 1)  # the same where native code computes
 
 
 class Scores(NamedTuple):
@@ -213,7 +213,8 @@ def copy_page(pool: Pool, source: int, target: int) -> Pool:
 
 def compiled_programs() -> int:
     """Return how many programs are compiled, for all engines of this process."""
-    functions: tuple[Any, ...] = (model_step, write_slot, read_page, write_page, copy_page)
+    copies = (read_page, write_page, copy_page)
+    functions: tuple[Any, ...] = (model_step, write_slot, put_masks, *copies)
     return sum(function._cache_size() for function in functions)
 
 
@@ -384,6 +385,7 @@ class ModelRunner:
         programs = 1 + len(tiles) + len(rows)
         with tqdm(total=programs, desc="compiling", disable=not progress) as bar:
             self._compile_page_copies()
+            self.slots = write_masks(self.slots, [], self.padding_slot)
             bar.update()
             probe = Probe(self, after_size=bar.update)
             choose = probe.sizes_of_equal_bits
