@@ -157,7 +157,7 @@ class Engine:
         self._require_some_token(params, stop_ids, bad_words)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
-        matcher = matcher_for(params.structured, self.tokenizer, self.model_config)
+        matcher = matcher_for(params.structured, self.tokenizer)
         request_id = next(self.ids)
         seqs = self.scheduler.add(token_ids, params, request_id)
         for seq in seqs:
@@ -376,8 +376,7 @@ class Engine:
             if seq.admitted_at is None:
                 seq.admitted_at = time.perf_counter()
         masked = [part.seq for part in (*plan.samples, *plan.decodes) if part.seq.matcher]
-        if masked:
-            self.runner.slots = write_masks(self.runner.slots, masked, self.runner.padding_slot)
+        self.runner.slots = write_masks(self.runner.slots, masked, self.runner.padding_slot)
         started = []
         if plan.tiles:
             started.append(self.runner.prefill(plan.tiles, self._tables(plan.tiles), plan.samples))

@@ -35,7 +35,7 @@ from paged_attention import (
 from sampling import Slots, StepNeeds, sample_tokens, slot_row
 from scheduler import Plan, Row, Sample
 from sequence import MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
-from structured.masks import put_masks, write_masks
+from structured.masks import put_masks, write_some
 
 Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
 HostOrDevice = jax.Array | np.ndarray
@@ -213,8 +213,7 @@ def copy_page(pool: Pool, source: int, target: int) -> Pool:
 
 def compiled_programs() -> int:
     """Return how many programs are compiled, for all engines of this process."""
-    copies = (read_page, write_page, copy_page)
-    functions: tuple[Any, ...] = (model_step, write_slot, put_masks, *copies)
+    functions: Any = (model_step, write_slot, put_masks, read_page, write_page, copy_page)
     return sum(function._cache_size() for function in functions)
 
 
@@ -371,7 +370,7 @@ class ModelRunner:
         seq = Sequence(SampleKey(0, 0), [0], SamplingParams(seed=0))
         row = slot_row(seq, self.model_config)
         slots = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.max_num_seqs + 1)), row)
-        return jax.device_put(slots, self.device)
+        return write_some(jax.device_put(slots, self.device), [], self.padding_slot)  # compiles
 
     def _choose_sizes(self, progress: bool) -> tuple[list[int], list[int]]:
         """Run every program once, which compiles it. Return the sizes of prefill and decode calls.
@@ -385,7 +384,6 @@ class ModelRunner:
         programs = 1 + len(tiles) + len(rows)
         with tqdm(total=programs, desc="compiling", disable=not progress) as bar:
             self._compile_page_copies()
-            self.slots = write_masks(self.slots, [], self.padding_slot)
             bar.update()
             probe = Probe(self, after_size=bar.update)
             choose = probe.sizes_of_equal_bits

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from config import GPTConfig
 from errors import UserError, require
 from structured.outputs import MAX_NESTING, StructuredOutput, nesting_of
 from tokenizer import Tokenizer
@@ -112,15 +111,20 @@ class Vocabulary:
         self.special_token_ids = sorted(no_text) + [self.eos_token_id]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Return no tokens: they are needed where llguidance forces some, which is not used."""
-        return []
+        """Return the tokens of a text, none where the vocabulary lacks a part of it."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        try:
+            return self.tokenizer.encode(text)
+        except (ValueError, NotImplementedError):
+            return []
 
 
 class Compiler:
     """Compiles grammars for one tokenizer, and keeps the newest of them. Threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_words: int) -> None:
-        """vocab_words: uint32 of a mask. Raises UserError where llguidance is not installed."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where llguidance is not installed."""
         try:
             import llguidance  # here, because few programs need it
         except ImportError as error:
@@ -130,7 +134,7 @@ class Compiler:
             ) from error
         self.llguidance = llguidance
         self.tokenizer = tokenizer
-        self.words = vocab_words
+        self.words = -(-tokenizer.vocab_size // WORD_BITS)
         vocabulary = llguidance.TokenizerWrapper(Vocabulary(tokenizer))
         self.vocabulary = llguidance.LLTokenizer(vocabulary)
         self.limits = llguidance.LLParserLimits(**LIMITS)
@@ -241,20 +245,18 @@ _compilers: dict[int, Compiler] = {}
 _compilers_lock = threading.Lock()
 
 
-def compiler_of(tokenizer: Tokenizer, vocab_words: int) -> Compiler:
+def compiler_of(tokenizer: Tokenizer) -> Compiler:
     """Return the compiler for a tokenizer, the same for every caller. The first call takes a second
     with a large vocabulary."""
     with _compilers_lock:
         compiler = _compilers.get(id(tokenizer))
-        if compiler is None or compiler.words != vocab_words:
-            compiler = Compiler(tokenizer, vocab_words)
+        if compiler is None:
+            compiler = Compiler(tokenizer)
             _compilers[id(tokenizer)] = compiler  # which keeps the tokenizer, and so its id
         return compiler
 
 
-def matcher_for(
-    form: StructuredOutput | None, tokenizer: Tokenizer | None, config: GPTConfig
-) -> Matcher | None:
+def matcher_for(form: StructuredOutput | None, tokenizer: Tokenizer | None) -> Matcher | None:
     """Return a matcher for a model's next text, None if the text may be anything.
 
     Raises UserError, with the reason, if the form cannot be compiled."""
@@ -266,5 +268,4 @@ def matcher_for(
         param="structured_outputs",
     )
     assert tokenizer is not None
-    words = -(-config.padded_vocab_size // WORD_BITS)
-    return compiler_of(tokenizer, words).compile(form)
+    return compiler_of(tokenizer).compile(form)

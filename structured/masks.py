@@ -24,16 +24,22 @@ def put_masks(slots: Slots, slot: jax.Array, masks: jax.Array) -> Slots:
 
 
 def write_masks(slots: Slots, seqs: list[Sequence], padding_slot: int) -> Slots:
-    """Return slots with the masks of these sequences; without any, the program is compiled.
+    """Return slots with the masks of these sequences. `slots` is donated, unless there are none.
 
-    `slots` is donated. padding_slot: the slot that no sequence has."""
-    for first in range(0, max(1, len(seqs)), MASKS_AT_ONCE):
-        part = seqs[first : first + MASKS_AT_ONCE]
-        slot = np.full(MASKS_AT_ONCE, padding_slot, np.int32)
-        masks = np.full((MASKS_AT_ONCE, slots.allowed.shape[1]), 0xFFFFFFFF, np.uint32)
-        for i, seq in enumerate(part):
-            assert seq.matcher is not None, f"{seq.key} has no structured output"
-            slot[i] = seq.occupied_slot
-            masks[i] = seq.matcher.mask
-        slots = put_masks(slots, slot, masks)
+    padding_slot: the slot that no sequence has."""
+    for first in range(0, len(seqs), MASKS_AT_ONCE):
+        slots = write_some(slots, seqs[first : first + MASKS_AT_ONCE], padding_slot)
     return slots
+
+
+def write_some(slots: Slots, seqs: list[Sequence], padding_slot: int) -> Slots:
+    """Do so for MASKS_AT_ONCE sequences or fewer; for none too, which compiles the program."""
+    slot = np.full(MASKS_AT_ONCE, padding_slot, np.int32)
+    masks = np.full((MASKS_AT_ONCE, slots.allowed.shape[1]), 0xFFFFFFFF, np.uint32)
+    for i, seq in enumerate(seqs):
+        assert seq.matcher is not None, f"{seq.key} has no structured output"
+        mask = seq.matcher.mask[: masks.shape[1]]
+        slot[i] = seq.occupied_slot
+        masks[i] = 0  # a model may have more tokens than its tokenizer
+        masks[i, : len(mask)] = mask
+    return put_masks(slots, slot, masks)
