@@ -162,7 +162,7 @@ def test_structured_outputs(client):
     text = "".join(chunk.choices[0].text for chunk in chunks)
     assert len(text) == 3 and set(text) <= set("ab")
     with pytest.raises(openai.BadRequestError, match="backreferences") as caught:
-        create(**same, extra_body={"structured_outputs": {"regex": r"(a)\\1"}})
+        create(**same, extra_body={"structured_outputs": {"regex": r"(a)\1"}})
     assert caught.value.param == "structured_outputs"
     with pytest.raises(openai.BadRequestError, match="not") as caught:
         create(
