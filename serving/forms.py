@@ -87,7 +87,7 @@ class FormFields(BaseModel):
         )
         field = self.response_format or self.structured_outputs
         try:
-            return field and field.structured_output()
+            return None if field is None else field.structured_output()
         except UserError as error:
             raise UserError(str(error), param=self.name_of_form()) from error
 

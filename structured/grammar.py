@@ -18,6 +18,7 @@ from tokenizer import Tokenizer
 
 WORD_BITS = 32
 CACHED_GRAMMARS = 64
+TRIED_TOKENS = 8  # of a new grammar, before it is accepted
 
 LIMITS = {
     "max_items_in_row": 2_000,
@@ -85,6 +86,19 @@ class Matcher:
             for token in self.end_ids:
                 mask[token // WORD_BITS] |= np.uint32(1 << token % WORD_BITS)
         self.mask = mask
+
+
+def try_out(matcher: Matcher) -> None:
+    """Follow a grammar for some tokens. Raises UserError if it is too complex to go on so far."""
+    for length in range(TRIED_TOKENS):
+        words = np.flatnonzero(matcher.mask)
+        if matcher.ended or not len(words):
+            return
+        bits = int(matcher.mask[words[0]])
+        lowest = (bits & -bits).bit_length() - 1
+        matcher.advance(int(words[0]) * WORD_BITS + lowest)
+        if matcher.stuck:
+            raise refusal(f"it is too complex, or the vocabulary lacks what follows token {length}")
 
 
 def clear_bit(mask: np.ndarray, token: int) -> None:
@@ -172,6 +186,7 @@ class Compiler:
             raise refusal("no token of this model's vocabulary can begin such a text")
         if matcher.ended:
             raise refusal("it takes the empty text alone")
+        try_out(matcher.fork())
         return matcher
 
     def _source(self, form: StructuredOutput) -> str:
