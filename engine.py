@@ -46,6 +46,8 @@ from sequence import (
     TextStream,
     require_context,
 )
+from structured.grammar import matcher_for
+from structured.masks import write_masks
 from tokenizer import Tokenizer
 
 Prompt = str | AnySequence[int]  # text or token ids
@@ -155,11 +157,13 @@ class Engine:
         self._require_some_token(params, stop_ids, bad_words)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
+        matcher = matcher_for(params.structured, self.tokenizer)
         request_id = next(self.ids)
         seqs = self.scheduler.add(token_ids, params, request_id)
         for seq in seqs:
             seq.stop_ids = stop_ids
             seq.bad_words = bad_words
+            seq.matcher = matcher and matcher.fork()
             if self.tokenizer is not None:
                 seq.text_stream = TextStream(self.tokenizer, params)
             for follower in seq.followers:
@@ -371,6 +375,8 @@ class Engine:
             self.runner.fill_slot(seq)
             if seq.admitted_at is None:
                 seq.admitted_at = time.perf_counter()
+        masked = [part.seq for part in (*plan.samples, *plan.decodes) if part.seq.matcher]
+        self.runner.slots = write_masks(self.runner.slots, masked, self.runner.padding_slot)
         started = []
         if plan.tiles:
             started.append(self.runner.prefill(plan.tiles, self._tables(plan.tiles), plan.samples))
@@ -486,6 +492,8 @@ def add_prompt(output: Output, seq: Sequence) -> None:
 def add_token(output: Output, seq: Sequence, token: int, logprobs: Logprobs | None) -> None:
     """Record a new token, in the sequence and in its output."""
     seq.tokens.append(token)
+    if seq.matcher is not None:
+        seq.matcher.advance(token)
     output.token_ids.append(token)
     if output.logprobs is not None:
         assert logprobs is not None, f"{seq.key} asked for logprobs and got none"

@@ -35,6 +35,7 @@ from paged_attention import (
 from sampling import Slots, StepNeeds, sample_tokens, slot_row
 from scheduler import Plan, Row, Sample
 from sequence import MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
+from structured.masks import put_masks, write_some
 
 Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
 HostOrDevice = jax.Array | np.ndarray
@@ -49,8 +50,7 @@ ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 2)
 """Sizes of a decode call to try besides the largest. A product with one row has bits of its own,
 and 4 rows cost nearly what 8 do."""
 
-NATIVE_ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 1)
-"""The same where native code computes."""
+NATIVE_ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 1)  # the same where native code computes
 
 
 class Scores(NamedTuple):
@@ -213,7 +213,7 @@ def copy_page(pool: Pool, source: int, target: int) -> Pool:
 
 def compiled_programs() -> int:
     """Return how many programs are compiled, for all engines of this process."""
-    functions: tuple[Any, ...] = (model_step, write_slot, read_page, write_page, copy_page)
+    functions: Any = (model_step, write_slot, put_masks, read_page, write_page, copy_page)
     return sum(function._cache_size() for function in functions)
 
 
@@ -370,7 +370,7 @@ class ModelRunner:
         seq = Sequence(SampleKey(0, 0), [0], SamplingParams(seed=0))
         row = slot_row(seq, self.model_config)
         slots = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.max_num_seqs + 1)), row)
-        return jax.device_put(slots, self.device)
+        return write_some(jax.device_put(slots, self.device), [], self.padding_slot)  # compiles
 
     def _choose_sizes(self, progress: bool) -> tuple[list[int], list[int]]:
         """Run every program once, which compiles it. Return the sizes of prefill and decode calls.

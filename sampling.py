@@ -69,7 +69,8 @@ class StepNeeds(NamedTuple):
     """Which parts of a step some row of the call needs; the device skips the others."""
 
     adjusts: bool  # biases or penalties: see SamplingParams.adjusts
-    bans: bool  # allowed_token_ids or bad_words: see SamplingParams.bans
+    bans: bool  # bad_words: see SamplingParams.bans
+    masks: bool  # allowed_token_ids or structured output: see SamplingParams.masks
     draws: bool  # a temperature above 0
     restricts: bool  # top_k, top_p or min_p: see SamplingParams.restricts
     ranks: bool  # the rank of the sampled token
@@ -83,6 +84,7 @@ class StepNeeds(NamedTuple):
         return cls(
             adjusts=any(p.adjusts for p in params),
             bans=any(p.bans for p in params),
+            masks=any(p.masks for p in params),
             draws=any(p.temperature > 0 for p in params),
             restricts=any(p.restricts for p in params),
             ranks=any(p.logprobs is not None for p in params),
@@ -235,10 +237,15 @@ def sample_tokens(
     def adjusted(logits: jax.Array) -> jax.Array:
         return adjust_logits(logits, slots, slot, length)
 
+    def masked(logits: jax.Array) -> jax.Array:
+        allowed = unpack_bits(slots.allowed[slot])[:, : logits.shape[1]]
+        return jnp.where(allowed, logits, -jnp.inf)
+
     def with_bans(logits: jax.Array) -> jax.Array:
         return ban_tokens(logits, slots, slot, length)
 
     logits = jax.lax.cond(needs.adjusts, adjusted, unchanged, logits)
+    logits = jax.lax.cond(needs.masks, masked, unchanged, logits)
     logits = jax.lax.cond(needs.bans, with_bans, unchanged, logits)
     return draw(
         logits,
@@ -371,13 +378,10 @@ def adjust_logits(logits: jax.Array, slots: Slots, slot: jax.Array, length: jax.
 
 
 def ban_tokens(logits: jax.Array, slots: Slots, slot: jax.Array, length: jax.Array) -> jax.Array:
-    """Return logits (S, V) with -inf for what allowed_token_ids and bad_words rule out.
+    """Return logits (S, V) with -inf for what bad_words rule out.
 
     A bad word rules out its last token where all others of it were generated just before. Rows
-    that use neither keep their bits."""
-    allowed = unpack_bits(slots.allowed[slot])[:, : logits.shape[1]]
-    logits = jnp.where(allowed, logits, -jnp.inf)
-
+    without bad words keep their bits."""
     row = jnp.arange(len(slot))[:, None]
     word_token = slots.bad_tokens[slot]  # (S, MAX_BAD_TOKENS)
     distance = slots.bad_distances[slot]

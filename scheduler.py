@@ -105,7 +105,8 @@ class Scheduler:
         plan = Plan()
         self._release_fully_sampled()
         for seq in list(self.running):
-            if seq.state is State.RUNNING:  # an older one may have preempted it in this loop
+            # An older one may have preempted it in this loop.
+            if seq.state is State.RUNNING and not seq.awaits_token:
                 self._advance(seq, plan)
         while not plan.swap_out:
             newcomer = self._admit(plan)

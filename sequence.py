@@ -8,10 +8,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from errors import ContextLengthExceeded, require
+from structured.outputs import StructuredOutput
 from tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from structured.grammar import Matcher
 
 INFINITY = float("inf")
 
@@ -99,6 +103,8 @@ class SamplingParams:
     """Whether the text leaves out the tokenizer's special tokens."""
     ignore_eos: bool = False
     """Whether to go on after the tokenizer's end-of-text token."""
+    structured: StructuredOutput | None = None
+    """What the text must be: JSON, a regular expression, one of some texts, or a grammar."""
     n: int = 1
     """Samples per prompt."""
     logprobs: int | None = None
@@ -122,8 +128,13 @@ class SamplingParams:
 
     @property
     def bans(self) -> bool:
-        """Whether this rules out tokens for good, or after certain others."""
-        return self.allowed_token_ids is not None or bool(self.bad_words)
+        """Whether this rules out tokens after certain others."""
+        return bool(self.bad_words)
+
+    @property
+    def masks(self) -> bool:
+        """Whether a bit for each token says which may come: for good, or next."""
+        return self.allowed_token_ids is not None or self.structured is not None
 
     @property
     def restricts(self) -> bool:
@@ -149,6 +160,7 @@ class SamplingParams:
         )
         self._require_texts("stop")
         self._require_texts("bad_words")
+        self._require_one_end()
         require(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids is empty: allow at least 1 token",
@@ -166,6 +178,19 @@ class SamplingParams:
         value = getattr(self, name)
         in_range = value is None or low <= value <= high
         require(in_range, f"{name}={value} must be from {low} to {high}", param=name)
+
+    def _require_one_end(self) -> None:
+        """Raise UserError if structured output goes with a field that could break it off, or could
+        rule out all that it allows."""
+        if self.structured is None:
+            return
+        for name in ("stop", "stop_token_ids", "ignore_eos", "bad_words", "allowed_token_ids"):
+            require(
+                not getattr(self, name),
+                f"{name} does not go with structured output, which says itself what may come and "
+                f"where it ends: leave out one of them",
+                param=name,
+            )
 
     def _require_texts(self, name: str) -> None:
         """Raise UserError unless the field is a sequence of strings, none of them empty."""
@@ -372,6 +397,7 @@ class Sequence:
         self.stop_ids: set[int] = set()
         self.bad_words: list[list[int]] = []  # the tokens that spell each of them
         self.text_stream: TextStream | None = None
+        self.matcher: Matcher | None = None  # of structured output: which tokens may come next
         self.prompt_logprobs: list[Logprobs | None] = [None]  # the prompt's first token has none
         self.added_at = time.perf_counter()  # seconds, like the next three
         self.admitted_at: float | None = None
@@ -405,6 +431,11 @@ class Sequence:
         return self.num_computed < self.prompt_len
 
     @property
+    def awaits_token(self) -> bool:
+        """Whether it has to wait for its token in flight, on which its next mask depends."""
+        return self.matcher is not None and self.num_sampled > self.num_generated
+
+    @property
     def fully_sampled(self) -> bool:
         """Whether the step that samples its last token was launched.
 
@@ -427,6 +458,10 @@ class Sequence:
         ended_by_text = self.text_stream is not None and self.text_stream.stop_string is not None
         if self.ended_by_token or ended_by_text:
             return "stop"
+        if self.matcher is not None and self.matcher.ended:
+            return "stop"
+        if self.matcher is not None and self.matcher.stuck:
+            return "length"
         if self.num_generated >= self.params.max_tokens:
             return "length"
         return None
@@ -449,7 +484,7 @@ class Sequence:
         has_text = self.num_generated > 0 and is_text
         return self.text_stream.push(
             self.tokens[-1:] if has_text else [],
-            last=self.ended_by_token or self.num_generated >= self.params.max_tokens,
+            last=self.finish_reason is not None,
             search=self.num_generated >= self.params.min_tokens,
         )
 

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from errors import require
 from sequence import MAX_BAD_TOKENS, MAX_BIASES, MAX_LOGPROBS, SamplingParams, StopReason
 from serving import fields
+from serving.forms import FormFields
 
 TokenId = Annotated[int, Field(ge=0)]
 StopString = Annotated[str, Field(min_length=1, max_length=128)]
@@ -87,7 +88,7 @@ class StreamOptions(RequestModel):
     )
 
 
-class GenerationRequest(RequestModel):
+class GenerationRequest(RequestModel, FormFields):
     """null means the default. See SamplingParams for what each field does and in which order they
     act."""
 
@@ -144,6 +145,7 @@ class GenerationRequest(RequestModel):
                 if isinstance(value, list):  # to name something twice says nothing more
                     given[field.name] = tuple(dict.fromkeys(value))
         given["stop"] = self.stop_strings()
+        given["structured"] = self.structured_output()
         return given
 
 

@@ -34,6 +34,7 @@ from serving.log import current_request
 from serving.pieces import json_response
 from serving.turns import Turns
 from serving.worker import Worker
+from structured.grammar import matcher_for
 from tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -71,6 +72,7 @@ class ServedModel:
         self.turns = Turns()
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder")
         self.long_encoder = ThreadPoolExecutor(1, thread_name_prefix="long_encoder")
+        self.compilers = ThreadPoolExecutor(1, thread_name_prefix="compiler")
         self.created = int(time.time())  # seconds since 1970
 
     async def complete(self, body: protocol.CompletionRequest) -> Response:
@@ -253,6 +255,7 @@ class ServedModel:
         request_log = current_request.get()
         job = Job(request_log.request_id, prompts, params, bool(body.stream))
         self._check_logprobs(job)
+        await self._compile_form(body, params)
         writer = AnswerWriter(
             choice_writer,
             body,
@@ -266,6 +269,18 @@ class ServedModel:
         if body.stream:
             return EventStream(writer, self.worker, job)
         return WholeAnswer(writer, self.worker, job)
+
+    async def _compile_form(self, body: protocol.GenerationRequest, params: SamplingParams) -> None:
+        """Compile structured output on a thread, so that the engine finds it compiled.
+
+        Raises UserError, about the request's field, if it cannot be."""
+        if params.structured is None:
+            return
+        compile_form = partial(matcher_for, params.structured, self.tokenizer)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.compilers, compile_form)
+        except UserError as error:
+            raise UserError(str(error), param=body.name_of_form()) from error
 
     def _check_logprobs(self, job: Job) -> None:
         """Raise UserError if the answer would have more logprobs than this server allows."""

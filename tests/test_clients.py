@@ -4,6 +4,9 @@ What a client of OpenAI's API relies on: that it can read every answer, can put 
 the next request, and recognises a mistake by its class and code.
 """
 
+from typing import Literal
+
+import pydantic
 import pytest
 
 from running_server import CONFIG, TOKENIZER, events
@@ -129,6 +132,48 @@ def test_a_prompt_that_is_too_long(client, kind):
     assert "maximum context length" in caught.value.message
 
 
+def test_parse(client):
+    """Catches: an answer that the client cannot make a model of; a schema that is not followed."""
+
+    class Colour(pydantic.BaseModel):
+        """What is asked for."""
+
+        name: Literal["red", "green"]
+        parts: int = pydantic.Field(ge=0, le=255)
+
+    answer = client.chat.completions.parse(
+        model="tiny", messages=CHAT, max_tokens=80, seed=1, response_format=Colour
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Colour)
+
+
+def test_structured_outputs(client):
+    """Catches: a form that is taken and not followed, on either route, whole and streamed; one
+    that cannot be compiled and is no 400 about its field."""
+    same = {"model": "tiny", "prompt": "abc", "max_tokens": 20}
+    form = {"choice": ["yes", "no"]}
+    create = client.completions.create
+    answer = create(**same, n=4, extra_body={"structured_outputs": form})
+    assert {choice.text for choice in answer.choices} <= set(form["choice"])
+    form = {"regex": "[ab]{3}"}
+    chunks = list(create(**same, stream=True, extra_body={"structured_outputs": form}))
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert len(text) == 3 and set(text) <= set("ab")
+    with pytest.raises(openai.BadRequestError, match="backreferences") as caught:
+        create(**same, extra_body={"structured_outputs": {"regex": r"(a)\1"}})
+    assert caught.value.param == "structured_outputs"
+    with pytest.raises(openai.BadRequestError, match="not") as caught:
+        create(
+            **same,
+            extra_body={
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}
+            },
+        )
+    assert caught.value.param == "response_format"
+
+
 def test_what_the_server_lacks_is_refused(client):
     """Catches: tools, formats or a choice of the best that are asked for and left out."""
     create = client.chat.completions.create
@@ -137,7 +182,7 @@ def test_what_the_server_lacks_is_refused(client):
     with pytest.raises(openai.BadRequestError, match="tools"):
         create(**same, tools=[tool])
     with pytest.raises(openai.BadRequestError, match="response_format"):
-        create(**same, response_format={"type": "json_object"})
+        create(**same, response_format={"type": "json_schema"})
     with pytest.raises(openai.BadRequestError, match="best_of"):
         client.completions.create(model="tiny", prompt="abc", best_of=3)
 

@@ -89,7 +89,7 @@ BAD_CHATS = [
     ({"tool_choice": "required"}, "tool_choice", "tool_choice"),
     ({"store": True}, "store", "store"),
     ({"modalities": ["text", "audio"]}, "modalities", "modalities"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "response_format"),
     (user([IMAGE]), "messages", "messages[0].content[0].type"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages[0].role"),
     (user("x", tool_calls=[{"id": "1"}]), "messages", "messages[0].tool_calls"),
