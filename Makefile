@@ -38,10 +38,10 @@ chat-terminal: .venv/chat
 
 # Two at a time, the tests of a file one after the other.
 test: .venv/all
-	.venv/bin/python -m pytest -q -n 2 --dist=loadfile
+	.venv/bin/python -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder
 
 test-fast: .venv/all
-	.venv/bin/python -m pytest -q -n 2 --dist=loadfile -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/all
 	.venv/bin/ruff format --check .

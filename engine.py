@@ -375,8 +375,8 @@ class Engine:
             self.runner.fill_slot(seq)
             if seq.admitted_at is None:
                 seq.admitted_at = time.perf_counter()
-        masked = [part.seq for part in (*plan.samples, *plan.decodes) if part.seq.matcher]
-        self.runner.slots = write_masks(self.runner.slots, masked, self.runner.padding_slot)
+        sampled = [sample.seq for sample in plan.samples] + [row.seq for row in plan.decodes]
+        self.runner.slots = write_masks(self.runner.slots, sampled, self.runner.padding_slot)
         started = []
         if plan.tiles:
             started.append(self.runner.prefill(plan.tiles, self._tables(plan.tiles), plan.samples))

@@ -238,8 +238,7 @@ def sample_tokens(
         return adjust_logits(logits, slots, slot, length)
 
     def masked(logits: jax.Array) -> jax.Array:
-        allowed = unpack_bits(slots.allowed[slot])[:, : logits.shape[1]]
-        return jnp.where(allowed, logits, -jnp.inf)
+        return mask_tokens(logits, slots, slot)
 
     def with_bans(logits: jax.Array) -> jax.Array:
         return ban_tokens(logits, slots, slot, length)
@@ -375,6 +374,12 @@ def adjust_logits(logits: jax.Array, slots: Slots, slot: jax.Array, length: jax.
     logits = jnp.where(seen > 0, penalised, logits)
     logits -= slots.frequency_penalty[slot][:, None] * count
     return jnp.where(count > 0, logits - slots.presence_penalty[slot][:, None], logits)
+
+
+def mask_tokens(logits: jax.Array, slots: Slots, slot: jax.Array) -> jax.Array:
+    """Return logits (S, V) with -inf for what allowed_token_ids and structured output rule out."""
+    allowed = unpack_bits(slots.allowed[slot])[:, : logits.shape[1]]
+    return jnp.where(allowed, logits, -jnp.inf)
 
 
 def ban_tokens(logits: jax.Array, slots: Slots, slot: jax.Array, length: jax.Array) -> jax.Array:

@@ -180,11 +180,11 @@ class SamplingParams:
         require(in_range, f"{name}={value} must be from {low} to {high}", param=name)
 
     def _require_one_end(self) -> None:
-        """Raise UserError if structured output goes with a field that could break it off, or could
-        rule out all that it allows."""
+        """Raise UserError if structured output goes with a field that moves its end, or could rule
+        out all that it allows."""
         if self.structured is None:
             return
-        for name in ("stop", "stop_token_ids", "ignore_eos", "bad_words", "allowed_token_ids"):
+        for name in ("stop_token_ids", "ignore_eos", "bad_words", "allowed_token_ids"):
             require(
                 not getattr(self, name),
                 f"{name} does not go with structured output, which says itself what may come and "
@@ -456,12 +456,12 @@ class Sequence:
     def finish_reason(self) -> FinishReason | None:
         """Why it ends with its newest token, judged after take_text; None if it goes on."""
         ended_by_text = self.text_stream is not None and self.text_stream.stop_string is not None
-        if self.ended_by_token or ended_by_text:
-            return "stop"
+        if self.matcher is not None and (ended_by_text or self.matcher.stuck):
+            return "length"  # cut off: the text is not of the form that was asked for
         if self.matcher is not None and self.matcher.ended:
             return "stop"
-        if self.matcher is not None and self.matcher.stuck:
-            return "length"
+        if self.ended_by_token or ended_by_text:
+            return "stop" if self.matcher is None else "length"
         if self.num_generated >= self.params.max_tokens:
             return "length"
         return None

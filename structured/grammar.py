@@ -20,7 +20,7 @@ WORD_BITS = 32
 CACHED_GRAMMARS = 64
 TRIED_TOKENS = 8  # of a new grammar, before it is accepted
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
     "initial_lexer_fuel": 1_000_000,  # 20 ms
     "step_lexer_fuel": 200_000,  # 14 ms
@@ -32,7 +32,7 @@ LIMITS = {
 }
 """Arguments of llguidance's ParserLimits, with the times that its documentation gives for them."""
 
-JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
 """Models write JSON with spaces and line breaks; without a bound some write nothing else."""
 
 

@@ -24,9 +24,11 @@ def put_masks(slots: Slots, slot: jax.Array, masks: jax.Array) -> Slots:
 
 
 def write_masks(slots: Slots, seqs: list[Sequence], padding_slot: int) -> Slots:
-    """Return slots with the masks of these sequences. `slots` is donated, unless there are none.
+    """Return slots with the masks of those that have structured output. `slots` is donated, unless
+    none has.
 
     padding_slot: the slot that no sequence has."""
+    seqs = [seq for seq in seqs if seq.matcher is not None]
     for first in range(0, len(seqs), MASKS_AT_ONCE):
         slots = write_some(slots, seqs[first : first + MASKS_AT_ONCE], padding_slot)
     return slots

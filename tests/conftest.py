@@ -15,6 +15,20 @@ if (SHARED / "tiktoken_cache").is_dir():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+LONGEST_FILES = ("test_mesh.py", "test_train_runs.py", "test_native_engine.py")
+"""They come first, so that at the end no worker waits for another that has just begun one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of LONGEST_FILES in front of the others."""
+    items.sort(key=is_not_of_a_long_file)
+
+
+def is_not_of_a_long_file(item: pytest.Item) -> bool:
+    """Return False for tests of LONGEST_FILES."""
+    return item.path.name not in LONGEST_FILES
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory of Tiny Shakespeare, GPT-2's BPE and HellaSwag items."""
@@ -42,3 +56,20 @@ def forget_programs():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler(request):
+    """Let XLA leave out its optimisations, which take longer than a test's programs run.
+
+    Files marked `optimised`, whose subject is what users' programs compute, have them."""
+    if request.node.get_closest_marker("optimised"):
+        yield
+        return
+    import jax
+
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]

@@ -18,7 +18,7 @@ from same_bits import compare
 from sequence import Output, SamplingParams
 from tiny_engine import CONFIG, GREEDY, LAYOUT, prompts_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 PAGE = LAYOUT.page_size
 LLAMA = {

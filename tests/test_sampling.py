@@ -22,6 +22,7 @@ from sampling import (
     ban_tokens,
     draw,
     invert_cumulative,
+    mask_tokens,
     restrict_logits,
     sample_tokens,
     seed_words,
@@ -188,7 +189,9 @@ def test_bans_are_exact():
     length = jnp.array([len(sequence) for sequence in tokens])
     logits = random_logits(len(rows))
     slots = slots_of(rows, tokens)
-    banned = np.asarray(ban_tokens(jnp.asarray(logits), slots, jnp.arange(len(rows)), length))
+    slot = jnp.arange(len(rows))
+    masked = mask_tokens(jnp.asarray(logits), slots, slot)
+    banned = np.asarray(ban_tokens(masked, slots, slot, length))
     for row, before, (params, sequence, expected) in zip(banned, logits, cases, strict=True):
         assert set(np.flatnonzero(row == -np.inf)) == expected, (params, sequence)
         remaining = row != -np.inf

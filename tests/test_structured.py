@@ -68,6 +68,10 @@ def test_what_is_cut_off_is_not_called_complete(engine):
         [PROMPT], SamplingParams(max_tokens=5, structured=form), progress=False
     )
     assert (output.finish_reason, len(output.text)) == ("length", 5)
+    form = StructuredOutput(regex="[a-z]{5};")
+    params = SamplingParams(max_tokens=10, structured=form, stop=(";",))
+    [[output]] = engine.generate([PROMPT], params, progress=False)
+    assert (output.finish_reason, len(output.text)) == ("length", 5)
 
 
 def test_the_same_bits(engine):
@@ -148,8 +152,8 @@ def test_what_is_too_large_is_refused():
         StructuredOutput(regex="a" * (MAX_GRAMMAR + 1))
     with pytest.raises(UserError, match="2 forms"):
         StructuredOutput(regex="a", choice=("b",))
-    with pytest.raises(UserError, match="stop does not go"):
-        SamplingParams(stop=("x",), structured=StructuredOutput(regex="a"))
+    with pytest.raises(UserError, match="stop_token_ids does not go"):
+        SamplingParams(stop_token_ids=(1,), structured=StructuredOutput(regex="a"))
 
 
 def test_the_end_of_text_comes_where_the_text_is_complete():
