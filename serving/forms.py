@@ -22,17 +22,23 @@ class FormModel(BaseModel):
 class NamedSchema(FormModel):
     """The schema of response_format, with what OpenAI's clients say of it."""
 
-    name: str | None = None
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    name: str | None = Field(None, description="a name, which nothing depends on")
+    description: str | None = Field(None, description="words that the model does not see")
+    json_schema: dict[str, Any] | None = Field(
+        None, alias="schema", description="the JSON schema that the answer fits"
+    )
     strict: bool | None = Field(None, description="the answer always fits, also without")
 
 
 class ResponseFormat(FormModel):
     """OpenAI's way to ask for JSON."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="any text, any JSON object, or JSON that fits json_schema"
+    )
+    json_schema: NamedSchema | None = Field(
+        None, description="the schema, with the type json_schema alone"
+    )
 
     def structured_output(self) -> StructuredOutput | None:
         """Return the form, None if any text will do. Raises UserError."""
@@ -54,8 +60,8 @@ class StructuredOutputs(FormModel):
     json_schema: str | dict[str, Any] | None = Field(
         None, alias="json", description="a JSON schema, or the text of one"
     )
-    regex: str | None = None
-    choice: list[str] | None = None
+    regex: str | None = Field(None, description="a regular expression that all of it matches")
+    choice: list[str] | None = Field(None, description="the texts of which it is one")
     grammar: str | None = Field(None, description="in Lark's form")
 
     def structured_output(self) -> StructuredOutput:
