@@ -15,6 +15,7 @@ from structured.grammar import matcher_for
 from structured.outputs import MAX_GRAMMAR, StructuredOutput
 
 pytest.importorskip("llguidance")
+pytestmark = pytest.mark.slow
 PROMPT = [1, 2, 3]
 
 
