@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, require
 from mesh import PEAK_FLOPS, connect, describe, put_batch
 from model import Params
 from training import dry_run
@@ -203,7 +203,13 @@ def full_loss(state: TrainState, config: TrainConfig, file: TokenFile) -> float:
         batch = put_batch(state.mesh, windows.shape, windows.__getitem__)
         total += float(eval_step(state, batch, config)) * targets
         count += targets
-    return total / max(count, 1)
+    require(
+        count > 0,
+        f"{file.path} has no token that is learned: give it conversations with an assistant's turn "
+        "that fits into block_size",
+        param="data_dir",
+    )
+    return total / count
 
 
 # --- A run.

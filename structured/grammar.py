@@ -8,6 +8,7 @@ never. Nothing in here is on the device.
 import json
 import threading
 from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ class Vocabulary:
             text = text.decode("utf-8", "replace")
         try:
             return self.tokenizer.encode(text)
-        except (ValueError, NotImplementedError):
+        except ValueError:
             return []
 
 
@@ -212,8 +213,6 @@ class Compiler:
         for text in texts:
             try:
                 self.tokenizer.encode(text)
-            except NotImplementedError:
-                return
             except UserError as error:
                 raise refusal(str(error)) from error
 
@@ -256,19 +255,11 @@ def refusal(reason: str) -> UserError:
     )
 
 
-_compilers: dict[int, Compiler] = {}
-_compilers_lock = threading.Lock()
-
-
+@lru_cache(maxsize=4)
 def compiler_of(tokenizer: Tokenizer) -> Compiler:
     """Return the compiler for a tokenizer, the same for every caller. The first call takes a second
     with a large vocabulary."""
-    with _compilers_lock:
-        compiler = _compilers.get(id(tokenizer))
-        if compiler is None:
-            compiler = Compiler(tokenizer)
-            _compilers[id(tokenizer)] = compiler  # which keeps the tokenizer, and so its id
-        return compiler
+    return Compiler(tokenizer)
 
 
 def matcher_for(form: StructuredOutput | None, tokenizer: Tokenizer | None) -> Matcher | None:

@@ -27,7 +27,7 @@ from config import GPTConfig
 from errors import UserError
 from kernels import cpu_kernels as ck
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 ROOT = Path(__file__).parents[1]
 DIALECTS = {

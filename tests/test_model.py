@@ -30,7 +30,7 @@ from tokenizer import CharTokenizer
 from training.checkpoints import Checkpoints
 from utils import TrainState
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 TINY = GPTConfig(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=32)
 

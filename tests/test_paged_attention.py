@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import paged_attention as pa
 from config import GPTConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 P = 16  # tokens per page
 LAYER = 1  # the layer that is used

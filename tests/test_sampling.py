@@ -32,7 +32,7 @@ from sampling import (
 from sequence import SampleKey, SamplingParams, Sequence
 from tokenizer import CharTokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 V = 100
 MODEL = GPTConfig(block_size=64, vocab_size=V, n_layer=2, n_head=2, n_embd=32)

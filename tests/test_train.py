@@ -54,6 +54,15 @@ def test_what_is_only_read_is_read_and_not_learned():
     assert abs(float(trained) - expected) < 1e-5
 
 
+def test_a_split_without_anything_to_learn_is_refused(tmp_path):
+    """Catches a validation loss of 0, the best there is, where no token counts."""
+    np.zeros(40, np.uint16).tofile(tmp_path / "val.bin")
+    np.zeros(40, np.uint8).tofile(tmp_path / "val_marks.bin")
+    file = TokenFile(tmp_path / "val.bin", "uint16", marks_path=tmp_path / "val_marks.bin")
+    with pytest.raises(UserError, match=r"val\.bin has no token that is learned"):
+        full_loss(TrainState.create(TINY), TINY, file)
+
+
 def test_every_window_is_seen_once_per_epoch(tmp_path):
     """Catches sampling with replacement, an epoch that repeats its order or its cuts, targets that
     are not the next tokens."""
