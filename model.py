@@ -3,8 +3,8 @@
 Start with `GPT.__call__`, then `Block`, then `CausalSelfAttention`; ops.py holds the arithmetic.
 There is one Block: what GPT-2, Llama and Qwen do differently are choices of GPTConfig. Names are
 GPT-2's own (wte, wpe, h, ln_1, attn.c_attn, ...). Precision, stated once: parameters, sums,
-softmax, norms, rotations and loss are float32; the inputs of every matmul are rounded to
-config.dtype (see ops.einsum).
+softmax, norms, rotations, logits, loss and what blocks add to are float32; the inputs of every
+matmul are rounded to config.dtype (see ops.einsum), and not on a CPU the results of Linear too.
 
 Shapes: B batch, T tokens, C n_embd, H heads, KV heads of keys and values, G = H / KV, D head_dim, L
 layers, V padded vocabulary.
@@ -32,6 +32,8 @@ from ops import (
     dropout,
     einsum,
     flash_attention,
+    head_logits,
+    kept_dtype,
     mean,
     rotate,
     saveable,
@@ -74,7 +76,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, ..., width) -> (B, ..., width)"""
-        x = saveable(x)
+        x = saveable(x.astype(jnp.float32))
         return x * jax.lax.rsqrt(mean(x * x) + self.epsilon) * self.scale[...]
 
 
@@ -84,7 +86,8 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 class Linear(nnx.Module):
     """y = x @ kernel + bias, with the kernel (in, out) in float32, as GPT-2's Conv1D has it.
 
-    Not nnx.Linear, which cannot sum bfloat16 inputs in float32 both forward and backward."""
+    Sums are float32; y and the gradient of x are rounded, see kept_dtype. Not nnx.Linear, which
+    cannot sum bfloat16 inputs in float32 both forward and backward."""
 
     def __init__(self, inputs: int, outputs: int, config: GPTConfig, bias: bool | None = None):
         """bias: whether there is one, by default as config says."""
@@ -94,14 +97,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if has_bias else None
 
     def __call__(self, x: jax.Array, parts: int = 1) -> jax.Array:
-        """(B, T, in) -> (B, T, parts, out / parts) float32; (B, T, out) if there is one part.
+        """(B, T, in) -> (B, T, parts, out / parts); (B, T, out) if there is one part.
 
         Parts that are an axis, rather than cut from `out`, can each be sharded alike."""
+        kept = kept_dtype(self.dtype)
         kernel = self.kernel[...]
         kernel = kernel.reshape(len(kernel), parts, -1)
-        y = einsum("bti,ipo->btpo", x, kernel, self.dtype)
+        y = einsum("bti,ipo->btpo", x.astype(kept), kernel, self.dtype, kept)
         if self.bias is not None:
-            y = y + self.bias[...].reshape(parts, -1)
+            y = (y + self.bias[...].reshape(parts, -1)).astype(kept)
         return y.squeeze(2) if parts == 1 else y
 
 
@@ -346,19 +350,11 @@ class GPT(nnx.Module):
         """What the last hidden state is multiplied by: (V, C)."""
         return (self.wte if self.lm_head is None else self.lm_head).embedding[...]
 
-    def logits(self, x: jax.Array, head: jax.Array | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, V) float32. head (V, C): instead of head_matrix.
-
-        The padding of the vocabulary is -inf, so it has no probability anywhere."""
+    def logits(self, x: jax.Array) -> jax.Array:
+        """(B, T, C) -> (B, T, V) float32, -inf for the padding of the vocabulary."""
         if self.head is not None:
             return self.head(x)
-        if head is None:
-            head = self.head_matrix
-        logits = einsum("btc,vc->btv", x, head, self.config.dtype)
-        V = self.config.padded_vocab_size
-        if V == self.config.vocab_size:
-            return logits
-        return jnp.where(jnp.arange(V) < self.config.vocab_size, logits, -jnp.inf)
+        return head_logits(x, self.head_matrix, self.config)
 
     def loss(
         self,
@@ -370,9 +366,8 @@ class GPT(nnx.Module):
     ) -> jax.Array:
         """Return the mean cross-entropy in nats of targets given tokens, both (B, T).
 
-        A target below 0 does not count. With chunks > 1 logits exist for T / chunks positions at a
-        time, in the backward pass too, where they are computed again: (B, T, V) in float32 is never
-        held."""
+        A target below 0 does not count. Logits exist for T / chunks positions at a time: with
+        chunks > 1 (B, T, V) in float32 is never held."""
         x, _ = self.hidden(tokens, dropout_key=dropout_key)
         return mean_loss(self, x, targets, chunks)
 

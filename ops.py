@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, C n_embd, H heads, KV heads of keys and values, D hea
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -22,14 +23,24 @@ def squared_relu(x: jax.Array) -> jax.Array:
     return jnp.square(jax.nn.relu(x))
 
 
-# Checkpointed, so that training keeps the argument alone: 4 bytes a number, where the derivative of
-# gelu_new would keep 20.
+def activation(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Return function, computed in float32 and then rounded to its argument's dtype.
+
+    It is checkpointed, so that training keeps the argument alone: 2 or 4 bytes a number, where the
+    derivative of gelu_new would keep 20."""
+
+    def in_float32(x: jax.Array) -> jax.Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    return jax.checkpoint(in_float32)
+
+
 ACTIVATIONS = {
-    "gelu_new": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),  # GPT-2's, the tanh form
-    "gelu": jax.checkpoint(partial(jax.nn.gelu, approximate=False)),  # exact, by erf
-    "relu": jax.checkpoint(jax.nn.relu),
-    "relu2": jax.checkpoint(squared_relu),
-    "silu": jax.checkpoint(jax.nn.silu),
+    "gelu_new": activation(partial(jax.nn.gelu, approximate=True)),  # GPT-2's, the tanh form
+    "gelu": activation(partial(jax.nn.gelu, approximate=False)),  # exact, by erf
+    "relu": activation(jax.nn.relu),
+    "relu2": activation(squared_relu),
+    "silu": activation(jax.nn.silu),
 }
 
 # XLA on CPU sums arrays with fewer numbers than this in another order than larger ones.
@@ -63,23 +74,42 @@ save_activations = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """Return jnp.einsum(spec, a, b) in float32: inputs rounded to dtype, sums in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def einsum(
+    spec: str, a: jax.Array, b: jax.Array, dtype: str, result_dtype: str = "float32"
+) -> jax.Array:
+    """Return jnp.einsum(spec, a, b): inputs rounded to dtype, sums in float32, then result_dtype.
 
     The two products of the gradient round their inputs alike: the cotangent is rounded too, where
-    plain JAX would multiply float32 by bfloat16. Every index of an operand must occur in the other
-    operand or in the output. The batch is called b: an operand without it is a weight."""
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+    plain JAX would multiply float32 by bfloat16. Each gradient has the dtype of its operand. Every
+    index of an operand must occur in the other operand or in the output. The batch is called b: an
+    operand without it is a weight."""
+    return rounded_einsum(spec, a, b, dtype, result_dtype)
+
+
+def rounded_einsum(
+    spec: str, a: jax.Array, b: jax.Array, dtype: str, result_dtype: str
+) -> jax.Array:
+    """Return what einsum does, which adds the gradient to it."""
+    # By default GPUs and TPUs round float32 inputs to the 10 or 7 bits of their matrix units.
+    precision = "highest" if dtype == "float32" else None
+    return jnp.einsum(
+        spec,
+        a.astype(dtype),
+        b.astype(dtype),
+        precision=precision,
+        preferred_element_type=result_dtype,
+    )
 
 
 def _einsum_fwd(
-    spec: str, a: jax.Array, b: jax.Array, dtype: str
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    spec: str, a: jax.Array, b: jax.Array, dtype: str, result_dtype: str
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     a_spec, b_spec = spec.split("->")[0].split(",")
+    of_gradients = jnp.zeros(0, a.dtype), jnp.zeros(0, b.dtype)  # their dtypes, no numbers
     a = round_operand(a, a_spec, dtype)
     b = round_operand(b, b_spec, dtype)
-    return einsum(spec, a, b, dtype), (a, b)
+    return rounded_einsum(spec, a, b, dtype, result_dtype), (a, b, *of_gradients)
 
 
 def round_operand(x: jax.Array, spec: str, dtype: str) -> jax.Array:
@@ -89,24 +119,50 @@ def round_operand(x: jax.Array, spec: str, dtype: str) -> jax.Array:
 
 
 def _einsum_bwd(
-    spec: str, dtype: str, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    spec: str,
+    dtype: str,
+    result_dtype: str,
+    residuals: tuple[jax.Array, ...],
+    cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    a, b = residuals
+    a, b, like_a, like_b = residuals
     operands, out = spec.split("->")
     a_spec, b_spec = operands.split(",")
-    grad_a = einsum(f"{out},{b_spec}->{a_spec}", cotangent, b, dtype)
-    grad_b = einsum(f"{a_spec},{out}->{b_spec}", a, cotangent, dtype)
+    grad_a = rounded_einsum(f"{out},{b_spec}->{a_spec}", cotangent, b, dtype, like_a.dtype.name)
+    grad_b = rounded_einsum(f"{a_spec},{out}->{b_spec}", a, cotangent, dtype, like_b.dtype.name)
     return grad_a, grad_b
 
 
 einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
+def kept_dtype(dtype: str) -> str:
+    """Return what activations are stored in between products that round them to dtype.
+
+    That is dtype, but on a CPU float32: XLA there computes bfloat16 in float32, and a step of
+    training takes a third longer if every result is rounded and widened again."""
+    return "float32" if jax.default_backend() == "cpu" else dtype
+
+
+def head_logits(x: jax.Array, head: jax.Array, config: GPTConfig) -> jax.Array:
+    """Return the logits (B, T, V) float32 of x (B, T, C), given the head's matrix (V, C).
+
+    The padding of the vocabulary is -inf, so it has no probability anywhere. It is made so by a
+    sum: matrix products of GPUs add a row to their result at no cost."""
+    logits = einsum("btc,vc->btv", x.astype(kept_dtype(config.dtype)), head, config.dtype)
+    V = config.padded_vocab_size
+    if V == config.vocab_size:
+        return logits
+    return logits + jnp.where(jnp.arange(V) < config.vocab_size, 0.0, -jnp.inf)
+
+
 def mean(x: jax.Array) -> jax.Array:
     """Return the mean over the last axis: (B, ..., C) -> (B, ..., 1).
 
-    Few rows are padded to SAME_ORDER_SIZE numbers, so that the order of a row's sum, and with it
-    its bits, does not depend on how many rows there are."""
+    On a CPU few rows are padded to SAME_ORDER_SIZE numbers, so that the order of a row's sum, and
+    with it its bits, does not depend on how many rows there are."""
+    if jax.default_backend() != "cpu":
+        return x.mean(-1, keepdims=True)
     B = len(x)
     rows_for_same_order = -(-SAME_ORDER_SIZE * B // x.size)
     missing = max(0, rows_for_same_order - B)
@@ -205,7 +261,7 @@ def causal_attention(
     q (B, T, H, D), k and v (B, T, KV, D); returns (B, T, H, D) float32. Dropout at `rate` on the
     probabilities, with keys (B,). Vaswani et al. 2017; fewer heads of keys: Ainslie et al. 2023."""
     T, D = q.shape[1], q.shape[3]
-    q = fold_groups(q * D**-0.5, k.shape[2])  # (B, T G, KV, D)
+    q = fold_groups(q.astype(jnp.float32) * D**-0.5, k.shape[2])  # (B, T G, KV, D)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, KV, T, D), of q T G
     scores = einsum("bhtd,bhsd->bhts", q, k, dtype)
     visible = jnp.repeat(jnp.tril(jnp.ones((T, T), bool)), q.shape[2] // T, axis=0)  # (T G, T)
@@ -221,13 +277,12 @@ def flash_attention(
     dtype: str,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Return causal_attention, rounded to dtype, without its scores in memory (Dao et al. 2022).
+    """Return causal_attention in dtype, without its scores in memory (Dao et al. 2022).
 
-    q (B, T, H, D), k and v (B, T, KV, D); returns (B, T, H, D) float32. cuDNN's kernel runs on
-    NVIDIA GPUs only."""
+    q (B, T, H, D), k and v (B, T, KV, D); returns (B, T, H, D). cuDNN's kernel runs on NVIDIA GPUs
+    only."""
     q, k, v = (saveable(x.astype(dtype)) for x in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-    return y.astype(jnp.float32)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 def choose_attention(config: GPTConfig, alone: bool = True) -> GPTConfig:

@@ -236,7 +236,7 @@ def test_a_plan_has_the_activations(options):
     """Catches an activation that model.py keeps and the estimate does not know, or the other way
     round: for one device, against what jax.vjp keeps, without the parameters."""
     config = configure(n_embd=64, n_layer=16, **options)
-    blocks, with_remat, rest = activation_bytes(config, mesh_of("data:1"))
+    blocks, with_remat, rest, _ = activation_bytes(config, mesh_of("data:1"))
     if config.model.remat:
         computed_again = blocks / config.model.n_layer  # of one block at a time
         estimate = with_remat - computed_again + rest

@@ -180,9 +180,11 @@ def losses(out_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def wait_for_step(out_dir: Path, step: int) -> None:
-    """Return when a run has logged this step."""
+def wait_for_step(out_dir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    """Return when the run of these processes has logged this step."""
     while not (out_dir / "metrics.jsonl").exists() or step not in losses(out_dir):
+        for i, process in enumerate(processes):
+            assert process.poll() is None, log_of(out_dir, i).read_text()
         time.sleep(0.05)  # nothing to wait on: the file of another process is polled
 
 
@@ -200,13 +202,13 @@ def test_two_processes_killed_stopped_and_moved_to_one(data_dir, tmp_path):
     undisturbed = start(data_dir, alone, 1)
 
     pair = start(data_dir, together, 2)
-    wait_for_step(together, 23)
+    wait_for_step(together, 23, pair)
     pair[0].kill()
     assert exit_codes(pair)[1] != 0
     assert "another task died" in log_of(together, 1).read_text()
 
     pair = start(data_dir, together, 2, slurm=True)
-    wait_for_step(together, 42)
+    wait_for_step(together, 42, pair)
     pair[1].send_signal(signal.SIGTERM)  # the other one does not hear it
     assert exit_codes(pair) == [143, 143]
     stopped = max(losses(together))

@@ -17,7 +17,7 @@ from config import GPTConfig, TrainConfig
 from errors import UserError
 from formats.checksums import seal
 from generation import KVCache, window_start
-from model import GPT, MLP, CausalSelfAttention, LayerNorm
+from model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
 from ops import (
     ACTIVATIONS,
     causal_attention,
@@ -73,6 +73,8 @@ def test_layer_norm_is_exact_and_stable():
 def test_the_bits_of_a_norm_do_not_depend_on_how_many_rows_there_are(n_embd):
     """Catches sums that XLA orders by the size of the array, so that a request's numbers depend on
     who else is served."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("elsewhere they may: an engine finds out which numbers of rows are alike")
     norm = jax.jit(LayerNorm(dataclasses.replace(TINY, n_embd=n_embd)))
     x = jax.random.normal(jax.random.key(0), (128, 1, n_embd))
     together = np.asarray(norm(x))
@@ -257,28 +259,36 @@ def test_layers_of_a_scan_drop_differently():
     assert abs(counts[2.0] - 0.5) < 0.05, f"equal masks would give 0 or 4 only: {counts}"
 
 
-def test_chunked_loss_equals_plain(gpt, tokens):
-    """Catches a chunk weighted wrongly, positions permuted by the split, a gradient lost in the
-    checkpointed map; and targets of -1 that count."""
+@pytest.mark.parametrize("chunks", [1, 8])
+def test_loss_in_chunks_equals_plain(gpt, tokens, chunks):
+    """Catches a chunk weighted wrongly, positions permuted by the split, a gradient lost, scaled
+    twice or not at all; and targets of -1 that count."""
     targets = jnp.roll(tokens, 1, axis=1).at[0, :7].set(-1)
     graphdef, params = nnx.split(gpt)
 
-    def loss(params, chunks):
-        return nnx.merge(graphdef, params).loss(tokens, targets, chunks=chunks)
+    def plain_loss(params):
+        logits, _ = nnx.merge(graphdef, params)(tokens)
+        logprobs = jax.nn.log_softmax(logits)
+        of_targets = jnp.take_along_axis(logprobs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        counts = targets >= 0
+        return -3 * jnp.where(counts, of_targets, 0).sum() / counts.sum()
 
-    loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, plain_gradient = loss_and_gradient(params, 1)
-    chunked, chunked_gradient = loss_and_gradient(params, 8)
+    def loss_in_chunks(params):
+        return 3 * nnx.merge(graphdef, params).loss(tokens, targets, chunks=chunks)
+
+    plain, plain_gradient = jax.jit(jax.value_and_grad(plain_loss))(params)
+    chunked, chunked_gradient = jax.jit(jax.value_and_grad(loss_in_chunks))(params)
     assert abs(plain - chunked) < 1e-6 * abs(plain)
+    assert abs(plain - jax.jit(loss_in_chunks)(params)) < 1e-6 * abs(plain)
     leaves = jax.tree.leaves(plain_gradient), jax.tree.leaves(chunked_gradient)
     for a, b in zip(*leaves, strict=True):
-        assert np.abs(a - b).max() <= 1e-6 * max(1, np.abs(a).max())
+        assert np.abs(a - b).max() <= 2e-6 * max(1, np.abs(a).max())
 
     logits = np.asarray(gpt(tokens)[0], np.float64)[..., :50]
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     columns = np.maximum(targets, 0)[..., None]
     of_targets = np.take_along_axis(logprobs, columns, -1)[..., 0]
-    assert abs(plain + of_targets[np.asarray(targets) >= 0].mean()) < 1e-5
+    assert abs(plain + 3 * of_targets[np.asarray(targets) >= 0].mean()) < 3e-5
 
 
 def test_chunked_loss_never_holds_all_logits():
@@ -313,6 +323,34 @@ def test_how_it_computes_does_not_change_what(gpt, tokens, change):
     changed = dataclasses.replace(config, **change)
     for a, b in zip(gradient_leaves(config), gradient_leaves(changed), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_results_in_bfloat16_are_sums_in_float32_rounded_once():
+    """Catches a product that sums in bfloat16, where 256 + 1 is 256, a gradient in another dtype
+    than its operand's, and products that write twice the bytes that are read."""
+    x = jnp.ones((1, 1, 8192), jnp.bfloat16)
+    w = jnp.ones((8192, 2))
+
+    def product_sum(x, w):
+        return einsum("bti,io->bto", x, w, "bfloat16", "bfloat16").sum()
+
+    y = einsum("bti,io->bto", x, w, "bfloat16", "bfloat16")
+    assert y.dtype == jnp.bfloat16
+    assert y.tolist() == [[[8192, 8192]]]
+    gradient_x, gradient_w = jax.grad(product_sum, (0, 1))(x, w)
+    assert (gradient_x.dtype, gradient_w.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_what_products_write(monkeypatch, device, dtype):
+    """Catches float32 where an accelerator would read half the bytes, and bfloat16 on a CPU, where
+    it costs a third of the speed of training."""
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    x = jnp.ones((2, 4, TINY.n_embd))
+    qkv = jax.eval_shape(lambda: Block(config).attn.query_key_value(x, jnp.arange(4)))
+    hidden = jax.eval_shape(lambda: Block(config).mlp.c_fc(x))
+    assert [a.dtype for a in (*qkv, hidden)] == [dtype] * 4
 
 
 def test_bfloat16_matmuls_have_bfloat16_inputs_both_ways():

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 import pretrained
 from config import GPTConfig, TrainConfig
 from mesh import Layout, batch_sharding, describe, planned_mesh, use_cpu_cores
-from ops import ACTIVATIONS
+from ops import ACTIVATIONS, kept_dtype
 from training.token_files import read_meta
 from utils import TrainState
 
@@ -198,6 +198,8 @@ class Activations(NamedTuple):
     blocks: int
     blocks_with_remat: int
     rest: int
+    logits: int
+    """What exists of them, and of their gradient, while all else is kept."""
 
 
 def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Activations:
@@ -205,7 +207,7 @@ def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Activati
 
     Blocks: block_bytes_per_token for each of the device's tokens. With remat it is their inputs,
     4 C, and all of one block at a time. Pipeline stages keep what they computed in idle ticks too.
-    The rest: 12 C for the last LayerNorm and its input; a chunk's logits and their gradient."""
+    The rest: 12 C for the last LayerNorm and its input. Logits: a chunk's and their gradient."""
     model = config.model
     layout = Layout(mesh, model)
     row_shards, position_shards = layout.batch_shards
@@ -219,7 +221,8 @@ def activation_bytes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Activati
     return Activations(
         blocks=int(layers_kept * block),
         blocks_with_remat=int(inputs_kept + block * stages / micro_batches),
-        rest=tokens * 12 * model.n_embd + logits,
+        rest=tokens * 12 * model.n_embd,
+        logits=logits,
     )
 
 
@@ -227,33 +230,34 @@ def block_bytes_per_token(model: GPTConfig, width_shards: int) -> int:
     """Return what one block keeps of one token for the backward pass, on one device.
 
     Korthikanti et al. 2022, section 4, with the numbers that model.py keeps, where an input of a
-    matmul has e bytes and any other number 4: 2 x 8 C for the norms, 2 e C for what c_attn and c_fc
-    read; and, since tensor parallelism cuts heads and the MLP, of width M, in W: e (2 H + 2 KV) D
-    for q, k, v and what the attention's c_proj reads, (e + f) M for what the MLP's reads and the f
-    of the activation itself (4 for gelu_new), 8 M for both sides of a gate, which reads e C once
-    more, 8 (H + KV) D for norms of q and k, and (4 + e) T H for the softmax, all of it / W. Dropout
-    adds 1 for each number it may drop."""
+    matmul has e bytes, what a Linear writes k (see kept_dtype) and any other number 4: 2 x 8 C for
+    the norms, 2 e C for what c_attn and c_fc read; and, since tensor parallelism cuts heads and the
+    MLP, of width M, in W: e (2 H + 2 KV) D for q, k, v and what the attention's c_proj reads,
+    (e + f) M for what the MLP's reads and the f of the activation itself (k for gelu_new), 2 k M
+    for both sides of a gate, which reads e C once more, 8 (H + KV) D for norms of q and k, and
+    (4 + e) T H for the softmax, all of it / W. Dropout adds 1 for each number it may drop."""
     C, M = model.n_embd, model.mlp_dim
     queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
     e = jnp.dtype(model.dtype).itemsize
-    f = activation_function_bytes(model.activation)
+    f = activation_function_bytes(model)
     dropped = int(model.dropout > 0)
     readers = 3 if model.mlp == "gated" else 2  # c_attn, c_fc and c_gate
     whole = 16 * C + (readers * e + 2 * dropped) * C
     softmax = (4 + e + dropped) * model.block_size * model.n_head
-    gate = 8 * M if model.mlp == "gated" else 0
+    k = jnp.dtype(kept_dtype(model.dtype)).itemsize
+    gate = 2 * k * M if model.mlp == "gated" else 0
     norms = 8 * (queries + keys) if model.qk_norm else 0
     cut = 2 * e * (queries + keys) + M * (e + f) + gate + norms + softmax
     return whole + cut // width_shards
 
 
-def activation_function_bytes(name: str) -> int:
-    """Return what the backward pass of an activation function keeps of one number."""
+def activation_function_bytes(model: GPTConfig) -> int:
+    """Return what the backward pass of a model's activation function keeps of one number."""
 
     def backward(x: jax.Array) -> Callable:
-        return jax.vjp(ACTIVATIONS[name], x)[1]
+        return jax.vjp(ACTIVATIONS[model.activation], x)[1]
 
-    kept = jax.eval_shape(backward, jnp.zeros(1))
+    kept = jax.eval_shape(backward, jnp.zeros(1, kept_dtype(model.dtype)))
     return sum(a.dtype.itemsize for a in jax.tree.leaves(kept) if a.shape)  # constants have none
 
 
@@ -315,7 +319,8 @@ def _state_lines(
     yield "Bytes on one device"
     yield f"parameters   {_share(state.params)}; their gradients as much again"
     yield f"optimizer    {_share(state.opt_state)}"
-    yield f"activations  estimate: blocks {blocks}, the rest {gb(activations.rest)}"
+    rest = gb(activations.rest + activations.logits)
+    yield f"activations  estimate: blocks {blocks}, the rest {rest}"
 
 
 def _share(tree: Any) -> str:
