@@ -56,7 +56,7 @@ format: .venv/all
 # NANOGPT: a checkout of nanoGPT, to be timed in turns with ours.
 bench: .venv/all
 	.venv/bin/python bench.py train --preset=shakespeare_char_cpu $(NANOGPT:%=--nanogpt=%)
-	.venv/bin/python bench.py compile --preset=gpt2
+	.venv/bin/python bench.py compile --preset=gpt2 --scan_unroll=1
 	.venv/bin/python bench.py generate --peers dense transformers products --batch_sizes 32 --rounds 2
 	.venv/bin/python bench.py generate --peers dense transformers products --batch_sizes 32 --rounds 2 --dtype bfloat16
 
@@ -84,7 +84,11 @@ test-gpu:
 	$(PY) -m pytest -q tests/test_model.py tests/test_sampling.py tests/test_train.py tests/test_paged_attention.py tests/test_engine.py -k "not mosaic_tpu"
 	$(PY) tests/same_bits.py
 
+# All that only a GPU can tell, in under 25 minutes, with logs in out-gpu/.
+bench-gpu:
+	PY=$(PY) sh benchmarks/on_gpu.sh out-gpu
+
 clean:
 	rm -rf .venv out-* data/*/
 
-.PHONY: demo serve chat chat-terminal test test-fast lint format bench test-gpu clean
+.PHONY: demo serve chat chat-terminal test test-fast lint format bench test-gpu bench-gpu clean

@@ -376,20 +376,24 @@ class EngineConfig(CPUConfig):
     """Pages for keys and values, instead of kv_cache_memory; one of them is the null page."""
     kv_dtype: Annotated[Dtype | None, default_is("the model's dtype")] = None
     """What keys and values are stored in."""
-    max_num_seqs: Annotated[int | None, default_is("16 on a CPU, 256 elsewhere")] = None
+    max_num_seqs: Annotated[int | None, default_is("32 on a CPU, 256 elsewhere")] = None
     """Sequences that run at once. 1 is fastest for a single stream; on a CPU twice as many take
     almost twice as long."""
-    prefill_tokens: Annotated[int | None, default_is("128 on a CPU, 2048 elsewhere")] = None
+    prefill_tokens: Annotated[int | None, default_is("256 on a CPU, 2048 elsewhere")] = None
     """Prompt tokens computed per step, over all sequences: always this shape, padded if there are
     fewer. A multiple of page_size."""
     chunk_size: Annotated[int | None, default_is("prefill_tokens")] = None
     """Prompt tokens of one sequence computed per step: a multiple of page_size."""
+    num_scheduler_steps: Annotated[int | None, default_is("1 on a CPU, 8 elsewhere")] = None
+    """Tokens that each sequence gets from one call of the device, one after the other, while nobody
+    waits for a prompt: the host's work is done once for all of them. A sequence that ends within a
+    call leaves its place unused until the next."""
     attention: Annotated[str | None, default_is("by device")] = None
     """Implementation of attention over pages: cpu, xla, triton, mosaic_tpu, or reference (slow)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "page_size", "kv_blocks")
-        require_at_least(self, 1, "kv_cache_memory", "max_num_seqs")
+        require_at_least(self, 1, "kv_cache_memory", "max_num_seqs", "num_scheduler_steps")
         for name in ("prefill_tokens", "chunk_size"):
             tokens = getattr(self, name)
             require(

@@ -22,16 +22,16 @@ from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from block_manager import BlockManager
 from config import EngineConfig
 from errors import UserError, require
 from model import GPT
-from model_runner import CallInFlight, ModelRunner, Sampled, Scores, compiled_programs
+from model_runner import CallInFlight, ModelRunner, compiled_programs, step_size
+from programs.model_step import Sampled, Scores
 from sampling import most_banned, spell
 from scheduler import Plan, Row, Scheduler
 from sequence import (
@@ -53,26 +53,6 @@ from tokenizer import Tokenizer
 Prompt = str | AnySequence[int]  # text or token ids
 
 DEFAULT_CONFIG = EngineConfig()
-
-
-class StepSize(NamedTuple):
-    """How much a step takes on at most."""
-
-    max_num_seqs: int
-    prefill_tokens: int
-
-
-CPU_STEP = StepSize(max_num_seqs=32, prefill_tokens=256)
-ACCELERATOR_STEP = StepSize(max_num_seqs=256, prefill_tokens=2048)
-
-
-def step_size(config: EngineConfig) -> StepSize:
-    """Return the sizes that config names; where it leaves one out, that of the device's kind."""
-    default = CPU_STEP if jax.default_backend() == "cpu" else ACCELERATOR_STEP
-    return StepSize(
-        config.max_num_seqs or default.max_num_seqs,
-        config.prefill_tokens or default.prefill_tokens,
-    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +107,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = dataclasses.replace(config, **step._asdict())
         self.runner = ModelRunner(
-            model, config, max_num_seqs=step.max_num_seqs, max_tiles=tiles, progress=progress
+            model,
+            config,
+            max_num_seqs=step.max_num_seqs,
+            max_tiles=tiles,
+            max_steps=step.num_scheduler_steps,
+            progress=progress,
         )
         self.blocks = BlockManager(self.runner.num_pages, config.page_size)
         self.scheduler = Scheduler(
@@ -135,6 +120,7 @@ class Engine:
             max_num_seqs=step.max_num_seqs,
             tiles=tiles,
             chunk_size=config.chunk_size or step.prefill_tokens,
+            max_steps=step.num_scheduler_steps,
         )
         self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
         self.ids = itertools.count()
@@ -143,7 +129,7 @@ class Engine:
         self.prompt_tokens = 0  # of the prompts that are done
         self.generation_tokens = 0
         self.calls: Counter[tuple[int, int]] = Counter()
-        """How often model_step ran in each shape (rows, new tokens in each), since start-up."""
+        """How many steps were taken in each shape (rows, new tokens in each), since start-up."""
         self.programs_at_start = self.programs()
 
     def add(self, prompt: Prompt, params: SamplingParams = DEFAULT_PARAMS) -> int:
@@ -369,6 +355,7 @@ class Engine:
 
     def _launch(self, plan: Plan) -> list[CallInFlight]:
         """Start what the plan says, and return without waiting for it."""
+        self.runner.settle()
         self.runner.move_pages(plan)
         for seq in plan.admitted:
             self.runner.drop_swapped(seq.key)  # what it needs of them is back
@@ -383,7 +370,8 @@ class Engine:
             self.computed_tokens += sum(tile.length for tile in plan.tiles)
         if plan.decodes:
             started.append(self.runner.decode(plan.decodes, self._tables(plan.decodes)))
-        self.calls.update(call.shape for call in started)
+        for call in started:
+            self.calls[call.shape] += call.num_steps
         return started
 
     def _tables(self, rows: list[Row]) -> list[list[int]]:
@@ -414,14 +402,17 @@ class Engine:
     def _outputs(self, call: CallInFlight, sampled: Sampled) -> list[Output]:
         """Return the outputs of those that were sampled and still want tokens."""
         outputs = []
-        for i, (_, seq) in enumerate(call.samples):
-            if seq.finished:  # while the call was in flight
-                continue
-            token = int(sampled.token[i])
-            logprobs = None
-            if seq.params.logprobs is not None:
-                logprobs = self._logprobs(token, sampled.scores, (i,), seq.params.logprobs)
-            outputs.append(self._output(seq, token, logprobs))
+        for step in range(call.num_steps):
+            for i, sample in enumerate(call.samples):
+                seq = sample.seq
+                # It may have ended while the call was in flight, or with an earlier step.
+                if seq.finished or step >= call.steps_of(sample):
+                    continue
+                token = int(sampled.token[step, i])
+                logprobs = None
+                if seq.params.logprobs is not None:
+                    logprobs = self._logprobs(token, sampled.scores, (step, i), seq.params.logprobs)
+                outputs.append(self._output(seq, token, logprobs))
         return outputs
 
     def _logprobs(self, token: int, scores: Scores, index: tuple[int, ...], count: int) -> Logprobs:

@@ -1,8 +1,8 @@
 """What an engine has on the device, and the compiled programs that work on it.
 
-Read model_step, then ModelRunner, then Probe, which chooses the sizes of calls at start-up. Shapes:
-see model.py and paged_attention.py; here `R` rows of a call with `T` new tokens each, `S` rows to
-sample from, `M` pages of the longest sequence, `K` alternatives reported per token.
+Read model_step in programs/model_step.py, then ModelRunner, then Probe, which chooses the sizes of
+calls at start-up. Shapes: see there; `R` rows of a call with `T` new tokens each, `S` rows to
+sample from, `M` pages of the longest sequence.
 
 The same bits: a row of a call gets the same numbers whatever its slot and the other rows are. From
 XLA it gets them only in calls of one shape, or of shapes that sum in the same order. So there are
@@ -11,37 +11,36 @@ of the possible R only those that Probe found to give the bits of the largest. T
 gives a token the same bits in a call of any shape: then there is nothing to probe.
 """
 
-import dataclasses
 from collections.abc import Callable
-from functools import lru_cache, partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from config import EngineConfig, GPTConfig
-from kernels import cpu_kernels, cpu_memory
+from kernels import cpu_memory
 from kernels.cpu_kernels import choose_packing
-from model import GPT, Params
+from model import GPT
 from paged_attention import (
     PagedKVCache,
     choose_implementation,
     num_pages_for,
     same_bits_in_any_shape,
 )
-from sampling import Slots, StepNeeds, sample_tokens, slot_row
+from programs.model_step import (
+    PAGE_TABLE,
+    SLOT,
+    Pool,
+    Sampled,
+    model_step,
+)
+from sampling import Slots, StepNeeds, slot_row
 from scheduler import Plan, Row, Sample
-from sequence import MAX_LOGPROBS, SampleKey, SamplingParams, Sequence
+from sequence import SampleKey, SamplingParams, Sequence
 from structured.masks import put_masks, write_some
-
-Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
-HostOrDevice = jax.Array | np.ndarray
-
-SLOT, CONTEXT_LEN, NEW_LEN, PAGE_TABLE = range(4)
-"""Columns of a packed row: slot, tokens in the pages, new tokens; the page table is the rest."""
 
 TILE_COUNTS = (512, 128, 32, 8, 2)
 """Sizes of a prefill call to try besides the largest. Each is a program to compile, so few."""
@@ -51,140 +50,6 @@ ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 2)
 and 4 rows cost nearly what 8 do."""
 
 NATIVE_ROW_COUNTS = (512, 256, 128, 64, 32, 16, 8, 1)  # the same where native code computes
-
-
-class Scores(NamedTuple):
-    """Logprobs of tokens, and of the likeliest in their places; None if nobody asked for these."""
-
-    logprob: HostOrDevice  # (...)
-    rank: HostOrDevice | None  # (...) int32, 1 for the likeliest token
-    top_logprobs: HostOrDevice | None  # (..., K) descending
-    top_tokens: HostOrDevice | None  # (..., K) int32
-
-
-class Sampled(NamedTuple):
-    """What model_step returns of the tokens that it sampled."""
-
-    token: HostOrDevice  # (S,) int32
-    scores: Scores  # (S, ...)
-    prompt_scores: Scores | None  # (R, T, ...) of the token that follows each token of a prompt
-
-
-@partial(
-    jax.jit,
-    static_argnames=("config", "packing", "attention", "T"),
-    donate_argnames=("pool", "slots"),
-)
-def model_step(
-    params: Params,
-    pool: Pool,
-    slots: Slots,
-    rows: jax.Array,
-    samples: jax.Array,
-    needs: StepNeeds,
-    *,
-    config: GPTConfig,
-    packing: str | None,
-    attention: str,
-    T: int,
-) -> tuple[Pool, Slots, Sampled]:
-    """Advance each row by up to T tokens and sample what follows. `pool` and `slots` are donated.
-
-    rows (R, 3 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), page table;
-    the tokens are read from the slots. samples (S, 2) int32: row after whose last new token to
-    sample, and slot that gets the sample as its next token. packing: that of for_inference."""
-    model = nnx.merge(inference_graphdef(config, packing), params)
-    slot, context_len, new_len = rows[:, SLOT], rows[:, CONTEXT_LEN], rows[:, NEW_LEN]
-    cache = PagedKVCache(*pool, rows[:, PAGE_TABLE:], context_len, new_len, attention)
-    position = context_len[:, None] + jnp.arange(T)  # (R, T)
-    x, cache = model.hidden(slots.tokens[slot[:, None], position], cache)  # (R, T, C)
-
-    row, sample_slot = samples[:, 0], samples[:, 1]
-    last = x[row, jnp.maximum(new_len[row], 1) - 1]  # (S, C)
-    sample_position = context_len[row] + new_len[row]  # (S,)
-    logits = model.logits(last[:, None])[:, 0]  # (S, V)
-    is_native = packing is not None
-    token = sample_tokens(logits, slots, sample_slot, sample_position, needs, is_native)
-    scores = score_samples(logits, token, needs, is_native)
-    prompt_scores = None
-    if T > 1:
-        next_token = slots.tokens[rows[:, :1], position + 1]
-        score = partial(score_prompts, model, is_native)
-        prompt_scores = compute_if(needs.prompt_logprobs, score, x, next_token)
-    tokens = slots.tokens.at[sample_slot, sample_position].set(token)
-    slots = dataclasses.replace(slots, tokens=tokens)
-    return (cache.k_pages, cache.v_pages), slots, Sampled(token, scores, prompt_scores)
-
-
-def score_samples(logits: jax.Array, token: jax.Array, needs: StepNeeds, is_native: bool) -> Scores:
-    """logits (S, V), token (S,) -> Scores, whose ranks and alternatives are 0 unless some row needs
-    them. is_native: see log_normalizer."""
-    normalizer = log_normalizer(logits, is_native)
-    logprob = logprob_of(token, logits, normalizer)
-    rank = compute_if(needs.ranks, rank_of, token, logits)
-    return Scores(logprob, rank, *compute_if(needs.top_logprobs, likeliest, logits, normalizer))
-
-
-def score_prompts(model: GPT, is_native: bool, x: jax.Array, next_token: jax.Array) -> Scores:
-    """x (R, T, C), next_token (R, T) -> Scores (R, T, ...) of these tokens, and of the likeliest.
-
-    Tile by tile, so that logits exist for one page of tokens at a time."""
-
-    def score_tile(x_and_token: tuple[jax.Array, jax.Array]) -> Scores:
-        x, token = x_and_token
-        logits = model.logits(x[None])[0]  # (T, V)
-        normalizer = log_normalizer(logits, is_native)
-        logprob = logprob_of(token, logits, normalizer)
-        return Scores(logprob, rank_of(token, logits), *likeliest(logits, normalizer))
-
-    return jax.lax.map(score_tile, (x, next_token))
-
-
-def log_normalizer(logits: jax.Array, is_native: bool) -> jax.Array:
-    """(N, V) -> (N, 1): what log softmax subtracts. is_native: computed by native CPU code."""
-    if is_native:
-        return cpu_kernels.log_sum_exp(logits)[:, None]
-    return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def logprob_of(token: jax.Array, logits: jax.Array, normalizer: jax.Array) -> jax.Array:
-    """token (...), logits (..., V), normalizer (..., 1) -> log softmax of the token (...)."""
-    return (jnp.take_along_axis(logits, token[..., None], -1) - normalizer)[..., 0]
-
-
-def rank_of(token: jax.Array, logits: jax.Array) -> jax.Array:
-    """token (...), logits (..., V) -> 1 + how many tokens are likelier (...) int32."""
-    larger = logits > jnp.take_along_axis(logits, token[..., None], -1)
-    return 1 + larger.sum(-1, dtype=jnp.int32)
-
-
-def likeliest(logits: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """logits (N, V), normalizer (N, 1) -> logprobs and ids (N, K) of the likeliest tokens."""
-    largest, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    return largest - normalizer, ids
-
-
-def compute_if(needed: jax.Array | bool, function: Callable, *args: jax.Array) -> Any:
-    """Return function(*args) if it is needed; else zeros of the same shapes, at no cost."""
-
-    def zeros(*args: jax.Array) -> Any:
-        result = jax.eval_shape(function, *args)
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)
-
-    return jax.lax.cond(needed, function, zeros, *args)
-
-
-@lru_cache
-def inference_graphdef(config: GPTConfig, packing: str | None) -> nnx.GraphDef:
-    """Return the static half of GPT.for_inference, with this packing.
-
-    It is looked up by config, whose hash costs less than that of the graph at each call."""
-
-    def model() -> GPT:
-        return GPT(config, rngs=nnx.Rngs(0)).for_inference(packing=packing)
-
-    abstract = nnx.eval_shape(model)
-    return nnx.split(abstract)[0]
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -217,6 +82,28 @@ def compiled_programs() -> int:
     return sum(function._cache_size() for function in functions)
 
 
+class StepSize(NamedTuple):
+    """How much a step takes on at most."""
+
+    max_num_seqs: int
+    prefill_tokens: int
+    num_scheduler_steps: int
+
+
+CPU_STEP = StepSize(max_num_seqs=32, prefill_tokens=256, num_scheduler_steps=1)
+ACCELERATOR_STEP = StepSize(max_num_seqs=256, prefill_tokens=2048, num_scheduler_steps=8)
+
+
+def step_size(config: EngineConfig) -> StepSize:
+    """Return the sizes that config names; where it leaves one out, that of the device's kind."""
+    default = CPU_STEP if jax.default_backend() == "cpu" else ACCELERATOR_STEP
+    return StepSize(
+        config.max_num_seqs or default.max_num_seqs,
+        config.prefill_tokens or default.prefill_tokens,
+        config.num_scheduler_steps or default.num_scheduler_steps,
+    )
+
+
 class CallInFlight(NamedTuple):
     """A call of model_step whose results may not be there yet."""
 
@@ -224,8 +111,19 @@ class CallInFlight(NamedTuple):
     samples: list[Sample]
     needs: StepNeeds
     shape: tuple[int, int]
-    """Rows, with padding, and new tokens in each."""
-    sampled: Sampled
+    """Rows, with padding, and new tokens in each step."""
+    num_steps: int
+    launched: "Future[tuple[Pool, Slots, Sampled]]"
+    """What model_step returns, once the call was handed to the device."""
+
+    @property
+    def sampled(self) -> Sampled:
+        """The tokens of the call, which the device may not have sampled yet."""
+        return self.launched.result()[2]
+
+    def steps_of(self, sample: Sample) -> int:
+        """Return how many tokens were sampled for it, one a step."""
+        return self.rows[sample.row].length if self.num_steps > 1 else 1
 
     def needed(self) -> Sampled:
         """Return what somebody asked for; the rest stays on the device."""
@@ -249,13 +147,16 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_tiles: int,
+        max_steps: int,
         progress: bool,
     ):
-        """max_num_seqs, max_tiles: the most rows of a decode call, and of a prefill call."""
+        """max_num_seqs, max_tiles: the most rows of a decode call, and of a prefill call.
+        max_steps: the most steps of a decode call."""
         self.model_config = model.config
         self.page_size = config.page_size
         self.max_num_seqs = max_num_seqs
         self.max_tiles = max_tiles
+        self.max_steps = max_steps
         self.pages_per_seq = -(-model.config.block_size // config.page_size)
         self.padding_slot = max_num_seqs  # the last one, which no sequence gets
         cache = create_cache(model.config, config)
@@ -277,10 +178,21 @@ class ModelRunner:
             cpu_memory.keep_freed_memory()
             cpu_memory.use_huge_pages(jax.tree.leaves((self.params, self.pool)))
         self.slots = self._empty_slots()
+        # XLA's host thread takes part in every step of a loop, so a thread of its own waits for it.
+        self.launcher = ThreadPoolExecutor(1, "launcher")
+        self.launching: Future[tuple[Pool, Slots, Sampled]] | None = None
         # Pages of preempted sequences. Those of `leaving` are on their way to host memory.
         self.swapped: dict[SampleKey, list[Pool]] = {}
         self.leaving: list[SampleKey] = []
         self.prefill_sizes, self.decode_sizes = self._choose_sizes(progress)
+
+    def settle(self) -> None:
+        """Wait until the last call was handed to the device, before anything else is.
+
+        Then `pool` and `slots` are what it leaves to the next."""
+        if self.launching is not None:
+            self.pool, self.slots, _ = self.launching.result()
+            self.launching = None
 
     def move_pages(self, plan: Plan) -> None:
         """Start the page copies of a step, in the order of Plan."""
@@ -310,7 +222,7 @@ class ModelRunner:
         return self.call_model(tiles, tables, samples, (size, self.page_size))
 
     def decode(self, rows: list[Row], tables: list[list[int]]) -> CallInFlight:
-        """Start to read the newest token of each row, and to sample the next."""
+        """Start to read the newest token of each row, and to sample the next: one a step."""
         samples = [Sample(i, row.seq) for i, row in enumerate(rows)]
         size = smallest_at_least(len(rows), self.decode_sizes)
         return self.call_model(rows, tables, samples, (size, 1))
@@ -323,9 +235,12 @@ class ModelRunner:
         shape: tuple[int, int],
     ) -> CallInFlight:
         """Start a call of model_step in the given shape (R, T), filled up with padding."""
+        self.settle()
         size, tokens = shape
         needs = step_needs(rows, samples, tokens)
-        self.pool, self.slots, sampled = model_step(
+        max_steps = self.max_steps if tokens == 1 else 1
+        launch = partial(
+            model_step,
             self.params,
             self.pool,
             self.slots,
@@ -336,8 +251,24 @@ class ModelRunner:
             packing=self.packing,
             attention=self.attention,
             T=tokens,
+            max_steps=max_steps,
         )
-        return CallInFlight(rows, samples, needs, shape, sampled)
+        num_steps = max(row.length for row in rows) if tokens == 1 else 1
+        launched = self._launch(launch, in_thread=max_steps > 1)
+        return CallInFlight(rows, samples, needs, shape, num_steps, launched)
+
+    def _launch(
+        self, launch: Callable[[], tuple[Pool, Slots, Sampled]], *, in_thread: bool
+    ) -> "Future[tuple[Pool, Slots, Sampled]]":
+        """Hand a call to the device, at once or, in_thread, without waiting until it has it."""
+        if in_thread:
+            self.launching = self.launcher.submit(launch)
+            return self.launching
+        self.launching = Future()
+        self.launching.set_result(launch())
+        launched = self.launching
+        self.settle()
+        return launched
 
     def fetch(self, calls: list[CallInFlight]) -> list[Sampled]:
         """Wait for the results of calls, and for the pages that are leaving: a step's one sync."""
@@ -457,7 +388,7 @@ class Probe:
         tables = [[slot + 1] for slot in slots]  # page 0 is the null page
         samples = [Sample(i, row.seq) for i, row in enumerate(rows)]
         call = self.runner.call_model(rows, tables, samples, (size, tokens))
-        return [np.asarray(a)[: len(rows)].view(np.int32) for a in call.sampled.scores]
+        return [np.asarray(a)[0, : len(rows)].view(np.int32) for a in call.sampled.scores]
 
     def _random_sequences(self) -> list[Sequence]:
         """Return as many sequences as there are rows to prefill, slots and pages for."""

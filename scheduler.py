@@ -34,7 +34,7 @@ class Row(NamedTuple):
     """One row of a model_step call: the tokens of seq at positions start to start + length - 1.
 
     A row of prefill is a tile: one page of a prompt, or what the prompt's end leaves of it. A row
-    of decode is one token."""
+    of decode is one token a step: its newest, then those that the steps before it sample."""
 
     seq: Sequence
     start: int
@@ -73,14 +73,24 @@ class Scheduler:
     and when pages run out the youngest leaves (its pages wait in host memory) and is the first to
     come back. So the oldest always moves, and since it fits the pool alone, every request ends."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, tiles: int, chunk_size: int):
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        tiles: int,
+        chunk_size: int,
+        max_steps: int = 1,
+    ):
         """Start with nobody in it.
 
         tiles: prompt pages per step, over all sequences. chunk_size: prompt tokens per step of one
-        sequence."""
+        sequence. max_steps: how many tokens a sequence may be given at once, one a step, before
+        there is anything else to decide."""
         self.blocks = blocks
         self.tiles = tiles
         self.chunk_size = chunk_size
+        self.max_steps = max_steps
         self.waiting: deque[Sequence] = deque()  # in order of arrival, like running
         self.running: list[Sequence] = []  # not those that have yet to fork
         self.free_slots = list(range(max_num_seqs))
@@ -113,6 +123,7 @@ class Scheduler:
             if newcomer is None:
                 break
             self._advance(newcomer, plan)
+        plan.decodes = self._with_more_steps(plan)
         return plan
 
     def cache_generated(self, seq: Sequence) -> None:
@@ -265,6 +276,36 @@ class Scheduler:
         seq.num_computed += 1
         seq.num_sampled += 1
 
+    def _with_more_steps(self, plan: Plan) -> list[Row]:
+        """Return the decodes of a plan with as many steps each as nobody has to wait for.
+
+        That is one where a prompt is being computed, where pages are short, and where what a
+        sequence may be given depends on its token before."""
+        rows = plan.decodes
+        has_matcher = any(row.seq.matcher is not None for row in rows)
+        if plan.tiles or plan.swap_out or has_matcher:
+            return rows
+        steps = self.max_steps
+        while steps > 1 and self._pages_for_steps(rows, steps) > self.blocks.num_free:
+            steps //= 2
+        return [self._lengthen(row, steps) for row in rows] if steps > 1 else rows
+
+    def _pages_for_steps(self, rows: list[Row], steps: int) -> int:
+        """Return how many pages more the rows need for so many steps."""
+        return sum(
+            max(0, self._pages_missing(row.seq, row.start + steps_left(row, steps))) for row in rows
+        )
+
+    def _lengthen(self, row: Row, steps: int) -> Row:
+        """Return the row with up to `steps` steps, for which there are pages."""
+        seq = row.seq
+        length = steps_left(row, steps)
+        copies = self.blocks.write(seq.key, row.start, row.start + length)
+        assert copies == [], f"{seq.key}: pages for {length} steps are not its own: {copies}"
+        seq.num_computed += length - row.length
+        seq.num_sampled += length - row.length
+        return row._replace(length=length)
+
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Take slots and pages from seq and its followers, and put it at the head of the queue."""
         used = self.blocks.pages_for(seq.num_computed)
@@ -281,3 +322,8 @@ class Scheduler:
             self.free_slots.append(member.occupied_slot)
             member.slot = None
             member.state = state
+
+
+def steps_left(row: Row, steps: int) -> int:
+    """Return `steps`, or what is left to a row of decode until its sequence has all its tokens."""
+    return min(steps, 1 + row.seq.params.max_tokens - row.seq.num_sampled)

@@ -65,6 +65,7 @@ class Setting(NamedTuple):
     max_num_seqs: int
     page_size: int
     prefill_tokens: int
+    num_scheduler_steps: int
     progress: bool
     cpu: CPUConfig
 
@@ -76,6 +77,7 @@ class Setting(NamedTuple):
             max_num_seqs=self.max_num_seqs,
             prefill_tokens=self.prefill_tokens,
             chunk_size=chunk_size,
+            num_scheduler_steps=self.num_scheduler_steps,
             **dataclasses.asdict(self.cpu),
         )
         return Engine(self.model, None, config, progress=self.progress)
@@ -140,11 +142,14 @@ def compare(
     max_num_seqs: int,
     page_size: int = 16,
     prefill_tokens: int = 64,
+    num_scheduler_steps: int = 1,
     progress: bool = True,
     cpu: CPUConfig = DEFAULT_CPU,
 ) -> Iterator[Way]:
     """Yield one Way after the other of running n requests."""
-    setting = Setting(model, max_num_seqs, page_size, prefill_tokens, progress, cpu)
+    setting = Setting(
+        model, max_num_seqs, page_size, prefill_tokens, num_scheduler_steps, progress, cpu
+    )
     size = model.config.block_size
     requests = make_requests(n, model.config.vocab_size, size, page_size)
     few_pages = 1 + max_num_seqs * size // page_size // 4  # on average a request needs size / 2
@@ -208,6 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--weights", choices=("int8",))
     parser.add_argument("--cpu_kernels", choices=("auto", "off"), default="auto")
+    parser.add_argument("--num_scheduler_steps", type=int, default=1)
     return parser.parse_args()
 
 
@@ -225,7 +231,14 @@ def main() -> None:
     model = GPT(config, rngs=nnx.Rngs(0))
     wrong = 0
     cpu = CPUConfig(args.cpu_kernels, args.weights)
-    for way in compare(model, args.requests, max_num_seqs=args.max_num_seqs, cpu=cpu):
+    ways = compare(
+        model,
+        args.requests,
+        max_num_seqs=args.max_num_seqs,
+        num_scheduler_steps=args.num_scheduler_steps,
+        cpu=cpu,
+    )
+    for way in ways:
         wrong += not way.as_it_must_be
         print(
             f"{way.name}: {way.different} of {args.requests} requests have other bits", flush=True

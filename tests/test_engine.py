@@ -70,6 +70,38 @@ def test_greedy_tokens_and_logprobs_are_the_dense_models(engine, model, lengths,
     assert engine.stats().pages_held == 0
 
 
+def test_several_steps_in_a_call_give_the_same_tokens(model):
+    """Catches a step that reads the token before last, a row that goes on past its own end into
+    another's slot, and outputs out of order."""
+    config = dataclasses.replace(LAYOUT, num_scheduler_steps=5)
+    prompts = prompts_of([1, 3, 4, 17, 30, 2, 9])
+    params = [
+        SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, seed=n, **more)
+        for n, more in zip(
+            [1, 2, 5, 6, 7, 11, 23],
+            [{}, {}, {"repetition_penalty": 1.3}, {"logprobs": 3}, {"n": 2}, {"stop": ["aa"]}, {}],
+            strict=True,
+        )
+    ]
+    one_by_one, together = (
+        Engine(model, Words(), layout, progress=False) for layout in (LAYOUT, config)
+    )
+    expected = one_by_one.generate(prompts, params, progress=False)
+    outputs = together.generate(prompts, params, progress=False)
+    for samples, expected_samples in zip(outputs, expected, strict=True):
+        for sample, expected_sample in zip(samples, expected_samples, strict=True):
+            assert sample.token_ids == expected_sample.token_ids
+            assert sample.text == expected_sample.text
+            assert sample.finish_reason == expected_sample.finish_reason
+    assert together.stats().pages_held == 0
+    together.add([1, 2, 3], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True))
+    steps_of_calls = []
+    while together.busy:
+        together.step()
+        steps_of_calls += [call.num_steps for call in together.in_flight]
+    assert steps_of_calls == [1, 5, 3]
+
+
 def hugging_face_greedy(model, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Return the new tokens of prompts, which are padded on the left to the context's 64 tokens."""
     torch = pytest.importorskip("torch")
@@ -101,10 +133,19 @@ def test_greedy_tokens_are_transformers(tmp_path):
         assert [output.token_ids for [output] in outputs] == expected
 
 
-def test_same_bits(model):
+@pytest.mark.parametrize("num_scheduler_steps", [1, 4])
+def test_same_bits(model, num_scheduler_steps):
     """Catches anything but the request itself that reaches its numbers; see same_bits.py."""
     # The shapes of LAYOUT: compiled once for all tests.
-    ways = compare(model, 24, max_num_seqs=4, page_size=4, prefill_tokens=32, progress=False)
+    ways = compare(
+        model,
+        24,
+        max_num_seqs=4,
+        page_size=4,
+        prefill_tokens=32,
+        num_scheduler_steps=num_scheduler_steps,
+        progress=False,
+    )
     for way in ways:
         assert way.as_it_must_be, f"{way.name}: {way.different} of 24"
 

@@ -6,13 +6,14 @@ the wrong place, gives other tokens than the same request gives alone. Start wit
 
 import itertools
 import random
+from collections import Counter
 from statistics import mean
 from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from block_manager import BlockManager
 from errors import UserError
@@ -62,6 +63,7 @@ class Machine:
         max_num_seqs: int = 3,
         tiles: int = 3,
         chunk_size: int = 4,
+        max_steps: int = 1,
     ):
         self.P = page_size
         self.scheduler = Scheduler(
@@ -69,6 +71,7 @@ class Machine:
             max_num_seqs=max_num_seqs,
             tiles=tiles,
             chunk_size=chunk_size,
+            max_steps=max_steps,
         )
         self.blocks = self.scheduler.blocks
         # The device: the tokens that led to each (page, slot), and the tokens of each slot.
@@ -83,6 +86,7 @@ class Machine:
         # What tests look at.
         self.first_admitted: list[SampleKey] = []
         self.overtaken = 0  # preempted sequences that came back with nothing to restore
+        self.steps_together = 0  # the most of one plan
 
     def add(self, prompt: list[int], **params) -> int:
         """Queue a request and return its id."""
@@ -161,11 +165,12 @@ class Machine:
     def fill_slots(self, plan: Plan) -> None:
         """Write those that are admitted to their slots."""
         restored = [swap.seq for swap in plan.swap_in]
-        sampled_from = [row.seq for row in plan.decodes] + [sample.seq for sample in plan.samples]
+        new_tokens = Counter({row.seq.key: row.length for row in plan.decodes})
+        new_tokens.update(sample.seq.key for sample in plan.samples)
         for seq in plan.admitted:
             preempted = self.swapped.pop(seq.key, None) is not None
             self.overtaken += preempted and seq not in restored
-            new = seq in sampled_from
+            new = new_tokens[seq.key]
             assert len(seq.tokens) == seq.prompt_len + seq.num_sampled - new, (
                 "resumed before its last token is known"
             )
@@ -188,15 +193,22 @@ class Machine:
         return sampled
 
     def decode(self, plan: Plan) -> list[SampledToken]:
-        """Compute the newest token of sequences, then sample the next."""
-        for seq, start, length in plan.decodes:
-            assert length == 1
-            self.compute(seq, start)
-        sampled = [
-            SampledToken(row.seq, self.attend(row.seq, row.start + 1)) for row in plan.decodes
-        ]
-        self.write_tokens(sampled, [row.start + 1 for row in plan.decodes])
-        return sampled
+        """Compute the newest token of sequences and sample the next, as often as planned."""
+        all_sampled: list[SampledToken] = []
+        for step in range(self.scheduler.max_steps):
+            rows = [row for row in plan.decodes if step < row.length]
+            for row in rows:
+                self.compute(row.seq, row.start + step)
+            ends = [row.start + step + 1 for row in rows]
+            sampled = [
+                SampledToken(row.seq, self.attend(row.seq, end))
+                for row, end in zip(rows, ends, strict=True)
+            ]
+            self.write_tokens(sampled, ends)
+            self.steps_together = max(self.steps_together, step * bool(rows) + 1)
+            all_sampled += sampled
+        assert len(all_sampled) == sum(row.length for row in plan.decodes)
+        return all_sampled
 
     def compute(self, seq: Sequence, position: int) -> None:
         """Write keys and values of one token: here, the tokens that lead to it."""
@@ -255,9 +267,9 @@ class Random(RuleBasedStateMachine):
     preemption, forks that share what they write, starvation, and leaks, in workloads that nobody
     thought of."""
 
-    def __init__(self):
-        super().__init__()
-        self.machine = Machine()
+    @initialize(max_steps=st.sampled_from([1, 3]))
+    def start(self, max_steps):
+        self.machine = Machine(max_steps=max_steps)
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=11),
@@ -287,10 +299,12 @@ TestRandom = Random.TestCase
 TestRandom.settings = settings(max_examples=200, stateful_step_count=25, deadline=None)
 
 
-def preemptions_of(arrivals, requests, chunk_size: int, cancel_at: int | None) -> int:
+def preemptions_of(
+    arrivals, requests, chunk_size: int, cancel_at: int | None, max_steps: int
+) -> int:
     """Run requests that arrive at given steps, the first of them cancelled at one; count
     preemptions."""
-    machine = Machine(num_pages=5, chunk_size=chunk_size, tiles=2)
+    machine = Machine(num_pages=5, chunk_size=chunk_size, tiles=2, max_steps=max_steps)
     for step in range(5):
         for arrival, (prompt, max_tokens) in zip(arrivals, requests, strict=True):
             if arrival == step:
@@ -302,17 +316,41 @@ def preemptions_of(arrivals, requests, chunk_size: int, cancel_at: int | None) -
     return machine.scheduler.preemptions
 
 
-def test_every_arrival_of_three_requests_at_four_pages():
+@pytest.mark.parametrize("max_steps", [1, 4])
+def test_every_arrival_of_three_requests_at_four_pages(max_steps):
     """Catches an order of arrivals and ends, however rare, in which a request starves or reads
     another's page."""
     shapes = [([1, 1, 1, 1, 1], 4), ([1, 1, 2], 3), ([1, 1, 1, 1], 2)]
     preempted = sum(
-        preemptions_of(arrivals, requests, chunk_size, cancel_at)
+        preemptions_of(arrivals, requests, chunk_size, cancel_at, max_steps)
         for arrivals in itertools.product(range(4), repeat=3)
         for requests in itertools.permutations(shapes)
         for chunk_size, cancel_at in ((2, None), (4, None), (2, 2), (2, 4))
     )
     assert preempted > 100
+
+
+def test_several_steps_at_once_where_nobody_waits():
+    """Catches a sequence that gets its tokens one call at a time although there is nothing to
+    decide in between, or more of them than it asked for."""
+    machine = Machine(max_steps=4)
+    machine.add([1, 2], max_tokens=4)
+    machine.run()
+    assert machine.steps_together == 3
+    machine.add([1, 2], max_tokens=9)
+    machine.run()
+    assert machine.steps_together == 4
+    machine.add([1, 1, 1, 1, 1, 1, 1, 1], max_tokens=4)
+    machine.step()
+    [chunk] = machine.scheduler.running
+    machine.add([1, 2], max_tokens=5)
+    machine.scheduler.tiles = 1  # the second prompt waits for the first, and decodes for both
+    while machine.scheduler.waiting or any(s.needs_prefill for s in machine.scheduler.running):
+        machine.steps_together = 0
+        machine.step()
+        assert machine.steps_together <= 1
+    machine.run()
+    assert chunk.finished
 
 
 def test_a_newcomer_leaves_room_for_the_next_tokens_of_others():

@@ -13,7 +13,9 @@ from sequence import Output, SamplingParams
 from tokenizer import Tokenizer
 
 CONFIG = GPTConfig(block_size=64, vocab_size=100, n_layer=2, n_head=2, n_embd=64)
-LAYOUT = EngineConfig(page_size=4, kv_blocks=51, max_num_seqs=4, prefill_tokens=32)
+LAYOUT = EngineConfig(
+    page_size=4, kv_blocks=51, max_num_seqs=4, prefill_tokens=32, num_scheduler_steps=1
+)
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 END = 99  # the end-of-text token of Words
 
