@@ -388,12 +388,24 @@ class EngineConfig(CPUConfig):
     """Tokens that each sequence gets from one call of the device, one after the other, while nobody
     waits for a prompt: the host's work is done once for all of them. A sequence that ends within a
     call leaves its place unused until the next."""
+    speculate: int = 0
+    """Tokens that a sequence may guess ahead in a step, from what came after its newest tokens when
+    they came before (prompt lookup). What is answered has the bits that it has without; a step
+    with guesses takes longer, and each that is right saves one."""
     attention: Annotated[str | None, default_is("by device")] = None
     """Implementation of attention over pages: cpu, xla, triton, mosaic_tpu, or reference (slow)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "page_size", "kv_blocks")
         require_at_least(self, 1, "kv_cache_memory", "max_num_seqs", "num_scheduler_steps")
+        require_at_least(self, 0, "speculate")
+        steps = self.num_scheduler_steps or 1
+        require(
+            self.speculate == 0 or steps == 1,
+            f"speculate={self.speculate} and num_scheduler_steps={steps}: guesses are made on the "
+            "host, between steps; leave one of them out",
+            param="speculate",
+        )
         for name in ("prefill_tokens", "chunk_size"):
             tokens = getattr(self, name)
             require(

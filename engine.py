@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as AnySequence
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from model import GPT
 from model_runner import CallInFlight, ModelRunner, compiled_programs, step_size
 from programs.model_step import Sampled, Scores
 from sampling import most_banned, spell
-from scheduler import Plan, Row, Scheduler
+from scheduler import Plan, Row, Scheduler, Stats, reads_what_is_there
 from sequence import (
     DEFAULT_PARAMS,
     MAX_BAD_TOKENS,
@@ -46,6 +45,7 @@ from sequence import (
     TextStream,
     require_context,
 )
+from speculation.drafts import Speculation
 from structured.grammar import matcher_for
 from structured.masks import write_masks
 from tokenizer import Tokenizer
@@ -53,34 +53,6 @@ from tokenizer import Tokenizer
 Prompt = str | AnySequence[int]  # text or token ids
 
 DEFAULT_CONFIG = EngineConfig()
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What goes on in an engine between two steps."""
-
-    running: int
-    """Sequences that have pages."""
-    waiting: int
-    """Sequences in the queue; samples that will fork from one of them are not counted."""
-    pages: int
-    """Pages of the pool, without the null page."""
-    pages_held: int
-    """Pages that sequences hold; the others are free, though they may be cached."""
-    tokens_held: int
-    """Tokens in the pages that are held."""
-    queried_tokens: int
-    """Prompt tokens looked up in the prefix cache, since the start, like all below."""
-    hit_tokens: int
-    """Prompt tokens found there."""
-    preemptions: int
-    """How often a sequence had to leave its pages to others."""
-    computed_tokens: int
-    """Prompt tokens computed."""
-    prompt_tokens: int
-    """Tokens of the prompts that are done, whether they were computed or found."""
-    generation_tokens: int
-    """New tokens given out."""
 
 
 class Engine:
@@ -121,6 +93,7 @@ class Engine:
             tiles=tiles,
             chunk_size=config.chunk_size or step.prefill_tokens,
             max_steps=step.num_scheduler_steps,
+            max_guesses=config.speculate,
         )
         self.requests: dict[int, list[Sequence]] = {}  # those that have not ended
         self.ids = itertools.count()
@@ -128,6 +101,9 @@ class Engine:
         self.computed_tokens = 0  # of prompts, not found in the cache
         self.prompt_tokens = 0  # of the prompts that are done
         self.generation_tokens = 0
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self.calls: Counter[tuple[int, int]] = Counter()
         """How many steps were taken in each shape (rows, new tokens in each), since start-up."""
         self.programs_at_start = self.programs()
@@ -150,6 +126,8 @@ class Engine:
             seq.stop_ids = stop_ids
             seq.bad_words = bad_words
             seq.matcher = matcher and matcher.fork()
+            if self.config.speculate > 0 and matcher is None:
+                seq.speculation = Speculation()
             if self.tokenizer is not None:
                 seq.text_stream = TextStream(self.tokenizer, params)
             for follower in seq.followers:
@@ -232,6 +210,9 @@ class Engine:
             computed_tokens=self.computed_tokens,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
+            num_drafts=self.num_drafts,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )
 
     def snapshot(self) -> list[tuple[list[SampleKey], bool]]:
@@ -370,6 +351,9 @@ class Engine:
             self.computed_tokens += sum(tile.length for tile in plan.tiles)
         if plan.decodes:
             started.append(self.runner.decode(plan.decodes, self._tables(plan.decodes)))
+            guesses = [row.seq.key for row in plan.decodes if row.guess is not None]
+            self.num_drafts += len(set(guesses))
+            self.num_draft_tokens += len(guesses)
         for call in started:
             self.calls[call.shape] += call.num_steps
         return started
@@ -389,7 +373,7 @@ class Engine:
 
     def _record_prompt_logprobs(self, tiles: list[Row], scores: Scores) -> None:
         """Append what tiles say of prompts whose logprobs were asked for. scores: (R, T, ...)."""
-        for i, (seq, start, length) in enumerate(tiles):
+        for i, (seq, start, length, _) in enumerate(tiles):
             count = seq.params.prompt_logprobs
             if count is None:
                 continue
@@ -408,6 +392,10 @@ class Engine:
                 # It may have ended while the call was in flight, or with an earlier step.
                 if seq.finished or step >= call.steps_of(sample):
                     continue
+                row = call.rows[sample.row]
+                if not reads_what_is_there(row):
+                    continue
+                self.num_accepted_tokens += row.guess is not None
                 token = int(sampled.token[step, i])
                 logprobs = None
                 if seq.params.logprobs is not None:

@@ -31,6 +31,8 @@ from paged_attention import (
     same_bits_in_any_shape,
 )
 from programs.model_step import (
+    GUESS,
+    NO_GUESS,
     PAGE_TABLE,
     SLOT,
     Pool,
@@ -97,10 +99,11 @@ ACCELERATOR_STEP = StepSize(max_num_seqs=256, prefill_tokens=2048, num_scheduler
 def step_size(config: EngineConfig) -> StepSize:
     """Return the sizes that config names; where it leaves one out, that of the device's kind."""
     default = CPU_STEP if jax.default_backend() == "cpu" else ACCELERATOR_STEP
+    num_steps = 1 if config.speculate > 0 else default.num_scheduler_steps
     return StepSize(
         config.max_num_seqs or default.max_num_seqs,
         config.prefill_tokens or default.prefill_tokens,
-        config.num_scheduler_steps or default.num_scheduler_steps,
+        config.num_scheduler_steps or num_steps,
     )
 
 
@@ -157,6 +160,7 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_tiles = max_tiles
         self.max_steps = max_steps
+        self.max_guesses = config.speculate
         self.pages_per_seq = -(-model.config.block_size // config.page_size)
         self.padding_slot = max_num_seqs  # the last one, which no sequence gets
         cache = create_cache(model.config, config)
@@ -202,7 +206,8 @@ class ModelRunner:
         for source, target in plan.copies:
             self.pool = copy_page(self.pool, source, target)
         for seq, first, pages in plan.swap_in:
-            for page, content in zip(pages, self.swapped[seq.key][first:], strict=True):
+            contents = self.swapped[seq.key][first : first + len(pages)]  # behind are wrong guesses
+            for page, content in zip(pages, contents, strict=True):
                 self.pool = write_page(self.pool, page, content)
 
     def fill_slot(self, seq: Sequence) -> None:
@@ -252,6 +257,7 @@ class ModelRunner:
             attention=self.attention,
             T=tokens,
             max_steps=max_steps,
+            speculates=self.max_guesses > 0 and tokens == 1,
         )
         num_steps = max(row.length for row in rows) if tokens == 1 else 1
         launched = self._launch(launch, in_thread=max_steps > 1)
@@ -280,11 +286,13 @@ class ModelRunner:
         return results
 
     def _pack_rows(self, rows: list[Row], tables: list[list[int]], size: int) -> np.ndarray:
-        """Return rows as model_step takes them: (size, 3 + M) int32."""
+        """Return rows as model_step takes them: (size, 4 + M) int32."""
         packed = np.zeros((size, PAGE_TABLE + self.pages_per_seq), np.int32)
         packed[:, SLOT] = self.padding_slot
+        packed[:, GUESS] = NO_GUESS
         for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
-            packed[i, :PAGE_TABLE] = row.seq.occupied_slot, row.start, row.length
+            guess = NO_GUESS if row.guess is None else row.guess
+            packed[i, :PAGE_TABLE] = row.seq.occupied_slot, row.start, row.length, guess
             packed[i, PAGE_TABLE : PAGE_TABLE + len(table)] = table
         return packed
 
@@ -311,7 +319,7 @@ class ModelRunner:
         # With bfloat16 XLA on a CPU is slow at a product with one row.
         least = 1 if self.packing or self.model_config.dtype == "float32" else 2
         row_counts = NATIVE_ROW_COUNTS if self.same_bits_in_any_shape else ROW_COUNTS
-        rows = descending_sizes(max(self.max_num_seqs, least), row_counts)
+        rows = descending_sizes(max(self.max_num_seqs + self.max_guesses, least), row_counts)
         programs = 1 + len(tiles) + len(rows)
         with tqdm(total=programs, desc="compiling", disable=not progress) as bar:
             self._compile_page_copies()
@@ -372,7 +380,7 @@ class Probe:
         as many rows as a step can have, so sequences recur."""
         total = len(self.seqs)
         if tokens < self.runner.page_size:
-            total = max(self.runner.max_num_seqs, size)
+            total = max(self.runner.max_num_seqs + self.runner.max_guesses, size)
         parts = [
             self._call(range(first, min(first + size, total)), size, tokens)
             for first in range(0, total, size)

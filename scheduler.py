@@ -14,6 +14,40 @@ from errors import require
 from sequence import SampleKey, SamplingParams, Sequence, State
 
 
+@dataclass(frozen=True)
+class Stats:
+    """What goes on in an engine between two steps."""
+
+    running: int
+    """Sequences that have pages."""
+    waiting: int
+    """Sequences in the queue; samples that will fork from one of them are not counted."""
+    pages: int
+    """Pages of the pool, without the null page."""
+    pages_held: int
+    """Pages that sequences hold; the others are free, though they may be cached."""
+    tokens_held: int
+    """Tokens in the pages that are held."""
+    queried_tokens: int
+    """Prompt tokens looked up in the prefix cache, since the start, like all below."""
+    hit_tokens: int
+    """Prompt tokens found there."""
+    preemptions: int
+    """How often a sequence had to leave its pages to others."""
+    computed_tokens: int
+    """Prompt tokens computed."""
+    prompt_tokens: int
+    """Tokens of the prompts that are done, whether they were computed or found."""
+    generation_tokens: int
+    """New tokens given out."""
+    num_drafts: int
+    """How often a sequence has guessed."""
+    num_draft_tokens: int
+    """Tokens guessed."""
+    num_accepted_tokens: int
+    """Those of them that were right."""
+
+
 class SwapOut(NamedTuple):
     """Pages of a preempted sequence, from its first on, that go to host memory."""
 
@@ -39,6 +73,8 @@ class Row(NamedTuple):
     seq: Sequence
     start: int
     length: int
+    guess: int | None = None
+    """Of decode: the token that is guessed to stand there, where none has been sampled yet."""
 
 
 class Sample(NamedTuple):
@@ -81,16 +117,20 @@ class Scheduler:
         tiles: int,
         chunk_size: int,
         max_steps: int = 1,
+        max_guesses: int = 0,
     ):
         """Start with nobody in it.
 
         tiles: prompt pages per step, over all sequences. chunk_size: prompt tokens per step of one
         sequence. max_steps: how many tokens a sequence may be given at once, one a step, before
-        there is anything else to decide."""
+        there is anything else to decide. max_guesses: how many tokens more a sequence may be given
+        in a step if it guesses them."""
         self.blocks = blocks
         self.tiles = tiles
         self.chunk_size = chunk_size
+        self.max_decodes = max_num_seqs + max_guesses  # rows of a step, guesses included
         self.max_steps = max_steps
+        self.max_guesses = max_guesses
         self.waiting: deque[Sequence] = deque()  # in order of arrival, like running
         self.running: list[Sequence] = []  # not those that have yet to fork
         self.free_slots = list(range(max_num_seqs))
@@ -123,7 +163,10 @@ class Scheduler:
             if newcomer is None:
                 break
             self._advance(newcomer, plan)
-        plan.decodes = self._with_more_steps(plan)
+        if self.max_guesses > 0:
+            plan.decodes = self._with_guesses(plan.decodes)
+        else:
+            plan.decodes = self._with_more_steps(plan)
         return plan
 
     def cache_generated(self, seq: Sequence) -> None:
@@ -275,6 +318,37 @@ class Scheduler:
         plan.decodes.append(Row(seq, seq.num_computed, 1))
         seq.num_computed += 1
         seq.num_sampled += 1
+        seq.num_guesses = 0
+
+    def _with_guesses(self, rows: list[Row]) -> list[Row]:
+        """Return the decodes of a plan, each with the rows of what its sequence guesses behind it.
+
+        They take rows and pages that are left. num_computed and num_sampled do not count them:
+        the engine adds those that turn out right."""
+        room = self.max_decodes - len(rows)
+        with_guesses = []
+        for row in rows:
+            guesses = self._guesses(row, room)
+            room -= len(guesses)
+            with_guesses += [row, *guesses]
+        return with_guesses
+
+    def _guesses(self, row: Row, room: int) -> list[Row]:
+        """Return up to `room` rows of what the sequence of a decode guesses, with their pages."""
+        seq = row.seq
+        if seq.speculation is None or seq.num_sampled > seq.num_generated + 1:
+            return []  # its newest token is not known
+        count = min(self.max_guesses, room, seq.params.max_tokens - seq.num_sampled)
+        tokens = seq.speculation.draft(seq.tokens, count) if count > 0 else []
+        first = row.start + 1
+        while tokens and self._pages_missing(seq, first + len(tokens)) > self.blocks.num_free:
+            tokens.pop()
+        if not tokens:
+            return []
+        copies = self.blocks.write(seq.key, first, first + len(tokens))
+        assert copies == [], f"{seq.key}: pages for guesses are not its own: {copies}"
+        seq.num_guesses = len(tokens)
+        return [Row(seq, first + i, 1, token) for i, token in enumerate(tokens)]
 
     def _with_more_steps(self, plan: Plan) -> list[Row]:
         """Return the decodes of a plan with as many steps each as nobody has to wait for.
@@ -308,7 +382,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Take slots and pages from seq and its followers, and put it at the head of the queue."""
-        used = self.blocks.pages_for(seq.num_computed)
+        used = self.blocks.pages_for(seq.num_computed + seq.num_guesses)
         plan.swap_out.append(SwapOut(seq, self.blocks.tables[seq.key][:used]))
         self._release(seq, State.PREEMPTED)
         self.waiting.appendleft(seq)
@@ -327,3 +401,19 @@ class Scheduler:
 def steps_left(row: Row, steps: int) -> int:
     """Return `steps`, or what is left to a row of decode until its sequence has all its tokens."""
     return min(steps, 1 + row.seq.params.max_tokens - row.seq.num_sampled)
+
+
+def reads_what_is_there(row: Row) -> bool:
+    """Return whether a row of decode has read the token that stands there by now.
+
+    A guess that is right is counted in its sequence, which has taken in the tokens before it."""
+    if row.guess is None:
+        return True
+    seq = row.seq
+    is_next = len(seq.tokens) == row.start + 1  # not if a guess before was wrong
+    is_right = is_next and seq.tokens[row.start] == row.guess
+    assert seq.speculation is not None, f"{seq.key} has guessed without speculation"
+    seq.speculation.note(seq.tokens, is_right)
+    seq.num_computed += is_right
+    seq.num_sampled += is_right
+    return is_right

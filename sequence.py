@@ -11,6 +11,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from errors import ContextLengthExceeded, require
+from speculation.drafts import Speculation
 from structured.outputs import StructuredOutput
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -379,18 +380,18 @@ class SampleKey(NamedTuple):
 class Sequence:
     """One sample of a request, in numbers of tokens.
 
-    The samples of a prompt are computed in groups: a leader computes the prompt, then its followers
-    fork from it, which means that they share its pages."""
+    Samples of a prompt form groups: a leader computes it, then its followers fork: share pages."""
 
     def __init__(self, key: SampleKey, prompt: list[int], params: SamplingParams):
         self.key = key
         self.params = params
         self.tokens = list(prompt)  # the prompt and the new tokens that have reached the host
         self.prompt_len = len(prompt)
-        # The scheduler's part. Both numbers are as they will be once the steps in flight are done.
+        # The scheduler's part, as it will be once the steps in flight are done, guesses apart.
         self.state = State.WAITING
         self.num_computed = 0  # tokens whose keys and values are in pages
         self.num_sampled = 0  # new tokens; `tokens` lags behind
+        self.num_guesses = 0  # in its newest step
         self.slot: int | None = None
         self.followers: list[Sequence] = []  # those that have not forked yet
         # The engine's part: what it needs to make outputs.
@@ -398,6 +399,7 @@ class Sequence:
         self.bad_words: list[list[int]] = []  # the tokens that spell each of them
         self.text_stream: TextStream | None = None
         self.matcher: Matcher | None = None  # of structured output: which tokens may come next
+        self.speculation: Speculation | None = None  # what it guesses ahead
         self.prompt_logprobs: list[Logprobs | None] = [None]  # the prompt's first token has none
         self.added_at = time.perf_counter()  # seconds, like the next three
         self.admitted_at: float | None = None
@@ -416,7 +418,7 @@ class Sequence:
 
     @property
     def occupied_slot(self) -> int:
-        """Its slot, which it must have."""
+        """Its slot."""
         assert self.slot is not None, f"{self.key} has no slot: it is {self.state.name}"
         return self.slot
 
@@ -432,8 +434,10 @@ class Sequence:
 
     @property
     def awaits_token(self) -> bool:
-        """Whether it has to wait for its token in flight, on which its next mask depends."""
-        return self.matcher is not None and self.num_sampled > self.num_generated
+        """Whether its next mask or guess depends on its token in flight."""
+        might_guess = self.speculation is not None and self.speculation.draft(self.tokens, 1)
+        depends = self.matcher is not None or self.num_guesses > 0 or bool(might_guess)
+        return depends and self.num_sampled > self.num_generated
 
     @property
     def fully_sampled(self) -> bool:

@@ -100,11 +100,15 @@ class BenchGenerateConfig:
     """sizes of the padded batches"""
     streams: tuple[int, ...] = (1, 8)
     """numbers of equal sequences, of 16 tokens and then 64 new ones, that are raced as well"""
+    temperature: float = 0.0
+    """of ours; peers take the likeliest token. With random weights the likeliest soon repeat
+    themselves, and at 1 nothing does: --speculate races against ours without it"""
     rounds: int = 3
     """turns of each contender; medians count"""
 
     def __post_init__(self):
         require_at_least(self, 1, "requests", "rounds")
+        require_at_least(self, 0, "temperature")
         require_ranges(self, "prompt_tokens", "output_tokens")
         for peer in self.peers:
             interpreter = INTERPRETERS.get(peer)
@@ -185,8 +189,11 @@ class EngineGeneration(Contender):
         for _ in range(n):
             # Otherwise the second turn would find every prompt in the prefix cache.
             self.engine.blocks.forget()
-            for prompt, output_tokens in self.requests:
-                self.engine.add(prompt, SamplingParams(max_tokens=output_tokens, temperature=0))
+            for seed, (prompt, output_tokens) in enumerate(self.requests):
+                how = SamplingParams(
+                    max_tokens=output_tokens, temperature=self.config.temperature, seed=seed
+                )
+                self.engine.add(prompt, how)
             while self.engine.busy:
                 self._step()
 
@@ -216,6 +223,9 @@ class EngineGeneration(Contender):
         }
         if self.running_when_full:
             figures["in_flight"] = self._in_flight()
+        stats = self.engine.stats()
+        if stats.num_draft_tokens > 0:
+            figures["guesses_right"] = round(stats.num_accepted_tokens / stats.num_draft_tokens, 3)
         return figures
 
     def _in_flight(self) -> dict[str, float]:
@@ -368,11 +378,21 @@ def bench_generate(config: BenchGenerateConfig) -> dict:
     return report | bandwidth_limit(config.model)
 
 
+def ours(config: BenchGenerateConfig, requests: list[Request]) -> dict[str, ContenderProcess]:
+    """Start the engine, and beside one that guesses ahead one that does not."""
+    contenders = {"ours": ContenderProcess(EngineGeneration, config, requests)}
+    if config.engine.speculate > 0:
+        plain = dataclasses.replace(config.engine, speculate=0)
+        config = dataclasses.replace(config, engine=plain)
+        contenders["without_guesses"] = ContenderProcess(EngineGeneration, config, requests)
+    return contenders
+
+
 def ragged_contenders(
     config: BenchGenerateConfig, requests: list[Request]
 ) -> dict[str, ContenderProcess]:
     """Start ours and the peers of the config: a padded one once for each batch size."""
-    contenders = {"ours": ContenderProcess(EngineGeneration, config, requests)}
+    contenders = ours(config, requests)
     for peer in config.peers:
         if peer in PADDED:
             for size in config.batch_sizes:
@@ -395,7 +415,7 @@ def race_streams(config: BenchGenerateConfig, streams: int) -> dict:
     )
     config = dataclasses.replace(config, engine=engine)
     requests = stream_requests(config, streams)
-    contenders = {"ours": ContenderProcess(EngineGeneration, config, requests)}
+    contenders = ours(config, requests)
     for peer in config.peers:
         if peer in PADDED:
             contenders[peer] = ContenderProcess(PADDED[peer], config.model, requests, streams)

@@ -25,8 +25,11 @@ from sequence import MAX_LOGPROBS
 Pool = tuple[jax.Array, jax.Array]  # keys and values, as PagedKVCache has them
 HostOrDevice = jax.Array | np.ndarray
 
-SLOT, CONTEXT_LEN, NEW_LEN, PAGE_TABLE = range(4)
-"""Columns of a packed row: slot, tokens in the pages, new tokens; the page table is the rest."""
+SLOT, CONTEXT_LEN, NEW_LEN, GUESS, PAGE_TABLE = range(5)
+"""Columns of a packed row: slot, tokens in the pages, new tokens, a token that is guessed to be the
+next in the slot, or NO_GUESS; the page table is the rest."""
+
+NO_GUESS = -1
 
 
 class Scores(NamedTuple):
@@ -48,7 +51,7 @@ class Sampled(NamedTuple):
 
 @partial(
     jax.jit,
-    static_argnames=("config", "packing", "attention", "T", "max_steps"),
+    static_argnames=("config", "packing", "attention", "T", "max_steps", "speculates"),
     donate_argnames=("pool", "slots"),
 )
 def model_step(
@@ -64,16 +67,23 @@ def model_step(
     attention: str,
     T: int,
     max_steps: int = 1,
+    speculates: bool = False,
 ) -> tuple[Pool, Slots, Sampled]:
     """Advance each row by up to T tokens and sample what follows. `pool` and `slots` are donated.
 
-    rows (R, 3 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), page table;
-    the tokens are read from the slots. samples (S, 2) int32: row after whose last new token to
-    sample, and slot that gets the sample as its next token. packing: that of for_inference.
+    rows (R, 4 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), guess, page
+    table; the tokens are read from the slots. samples (S, 2) int32: row after whose last new token
+    to sample, and slot that gets the sample as its next token. packing: that of for_inference.
 
     With max_steps N > 1, T is 1, and a row's new tokens are those of as many steps: each but the
     first is what the step before has sampled. The call takes as many steps as the row that has most
-    of them, at most N; in the others' results for a row there is nothing of use."""
+    of them, at most N; in the others' results for a row there is nothing of use.
+
+    speculates: rows may have guesses, which go to their slots first. The rows of a sequence that
+    guesses stand one position behind the other: each finds the keys, the values and the tokens of
+    those before it."""
+    if speculates:
+        slots = write_guesses(slots, rows)
     model = nnx.merge(inference_graphdef(config, packing), params)
     one_step = partial(advance, model, needs, attention, packing is not None, T)
     if max_steps == 1:
@@ -82,6 +92,14 @@ def model_step(
         return pool, slots, Sampled(token, scores, sampled.prompt_scores)
     assert T == 1, f"several steps of {T} tokens each"
     return take_steps(one_step, pool, slots, rows, samples, max_steps)
+
+
+def write_guesses(slots: Slots, rows: jax.Array) -> Slots:
+    """Put the guesses of rows to where their tokens are read."""
+    at = rows[:, SLOT], rows[:, CONTEXT_LEN]
+    guess = rows[:, GUESS]
+    token = jnp.where(guess == NO_GUESS, slots.tokens[at], guess)
+    return dataclasses.replace(slots, tokens=slots.tokens.at[at].set(token))
 
 
 def take_steps(

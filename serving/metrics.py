@@ -217,6 +217,15 @@ class EngineCollector(Collector):
             "prompt_tokens", "tokens of the prompts that are done", stats.prompt_tokens
         )
         yield self._counter("generation_tokens", "tokens generated", stats.generation_tokens)
+        yield self._counter("spec_decode_num_drafts", "times a sequence guessed", stats.num_drafts)
+        yield self._counter(
+            "spec_decode_num_draft_tokens", "tokens guessed", stats.num_draft_tokens
+        )
+        yield self._counter(
+            "spec_decode_num_accepted_tokens",
+            "tokens guessed that were right",
+            stats.num_accepted_tokens,
+        )
 
     def _cache_config(self, stats: Stats) -> Metric:
         """Return how the KV cache is laid out, as labels of a gauge that is always 1."""

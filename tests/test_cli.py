@@ -293,7 +293,7 @@ def test_help_of_training_describes_the_presets(capsys):
 def test_help_shows_defaults_as_people_write_them(capsys):
     """Catches bytes that nobody can read, and what a default of None stands for."""
     text = help_of(capsys, "server")
-    assert "(default: 1GiB)" in text and "(default: 16 on a CPU, 256 elsewhere)" in text
+    assert "(default: 1GiB)" in text and "(default: 32 on a CPU, 256 elsewhere)" in text
     assert "(default: a line break)" in help_of(capsys, "sample")
 
 

@@ -7,6 +7,7 @@ the wrong place, gives other tokens than the same request gives alone. Start wit
 import itertools
 import random
 from collections import Counter
+from operator import attrgetter
 from statistics import mean
 from typing import NamedTuple
 
@@ -17,15 +18,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from block_manager import BlockManager
 from errors import UserError
-from scheduler import Plan, Scheduler
+from scheduler import Plan, Row, Scheduler, reads_what_is_there
 from sequence import SampleKey, SamplingParams, Sequence
+from speculation.drafts import Speculation
 
 STOP = 0  # the token that ends a sample
 
 
-def next_token(tokens: list[int], sample: int) -> int:
-    """Return what the model says after tokens: one of 11 tokens, STOP among them."""
-    return hash((tuple(tokens), sample)) % 11
+def next_token(tokens: list[int], sample: int, params: SamplingParams) -> int:
+    """Return what the model says after tokens: one of 11 tokens, STOP among them.
+
+    With a repetition_penalty the last token alone counts: so it repeats itself."""
+    known = tokens if params.repetition_penalty == 1 else tokens[-1:]
+    return hash((tuple(known), sample)) % 11
 
 
 def alone(prompt: list[int], params: SamplingParams, sample: int) -> list[int]:
@@ -33,7 +38,7 @@ def alone(prompt: list[int], params: SamplingParams, sample: int) -> list[int]:
     tokens = list(prompt)
     new: list[int] = []
     while len(new) < params.max_tokens and STOP not in new:
-        new.append(next_token(tokens + new, sample))
+        new.append(next_token(tokens + new, sample, params))
     return new
 
 
@@ -50,6 +55,7 @@ class SampledToken(NamedTuple):
 
     seq: Sequence
     token: int
+    row: Row
 
 
 class Machine:
@@ -64,6 +70,7 @@ class Machine:
         tiles: int = 3,
         chunk_size: int = 4,
         max_steps: int = 1,
+        max_guesses: int = 0,
     ):
         self.P = page_size
         self.scheduler = Scheduler(
@@ -72,6 +79,7 @@ class Machine:
             tiles=tiles,
             chunk_size=chunk_size,
             max_steps=max_steps,
+            max_guesses=max_guesses,
         )
         self.blocks = self.scheduler.blocks
         # The device: the tokens that led to each (page, slot), and the tokens of each slot.
@@ -87,12 +95,16 @@ class Machine:
         self.first_admitted: list[SampleKey] = []
         self.overtaken = 0  # preempted sequences that came back with nothing to restore
         self.steps_together = 0  # the most of one plan
+        self.right_guesses = 0
 
     def add(self, prompt: list[int], **params) -> int:
         """Queue a request and return its id."""
         how = SamplingParams(**params)
         request_id = next(self.ids)
         seqs = self.scheduler.add(prompt, how, request_id)
+        if self.scheduler.max_guesses > 0:
+            for seq in seqs:
+                seq.speculation = Speculation()
         self.requests[request_id] = Request(prompt, how, seqs)
         return request_id
 
@@ -129,9 +141,10 @@ class Machine:
         )
 
     def oldest_with_work(self) -> SampleKey | None:
-        """Return who has to advance at the next step."""
-        seqs = [seq for request in self.requests.values() for seq in request.seqs]
-        return min((seq.key for seq in seqs if has_work(seq)), default=None)
+        """Return who has to advance at the next step; None if it has to wait for its token."""
+        seqs = [seq for request in self.requests.values() for seq in request.seqs if has_work(seq)]
+        oldest = min(seqs, key=attrgetter("key"), default=None)
+        return None if oldest is None or oldest.awaits_token else oldest.key
 
     def check_fairness(self, plan: Plan, oldest: SampleKey | None) -> None:
         """Assert that the plan keeps to its limits and serves whoever came first."""
@@ -151,7 +164,8 @@ class Machine:
         for source, target in plan.copies:
             self.write_page(target, self.read_page(source))
         for seq, first, pages in plan.swap_in:
-            for page, content in zip(pages, self.swapped[seq.key][first:], strict=True):
+            contents = self.swapped[seq.key][first : first + len(pages)]
+            for page, content in zip(pages, contents, strict=True):
                 self.write_page(page, content)
 
     def read_page(self, page: int) -> dict:
@@ -165,7 +179,7 @@ class Machine:
     def fill_slots(self, plan: Plan) -> None:
         """Write those that are admitted to their slots."""
         restored = [swap.seq for swap in plan.swap_in]
-        new_tokens = Counter({row.seq.key: row.length for row in plan.decodes})
+        new_tokens = Counter({row.seq.key: row.length for row in plan.decodes if row.guess is None})
         new_tokens.update(sample.seq.key for sample in plan.samples)
         for seq in plan.admitted:
             preempted = self.swapped.pop(seq.key, None) is not None
@@ -180,16 +194,17 @@ class Machine:
 
     def prefill(self, plan: Plan) -> list[SampledToken]:
         """Compute the tiles, then sample what follows prompts that are complete."""
-        for seq, start, length in plan.tiles:
+        for seq, start, length, _ in plan.tiles:
             assert start % self.P == 0 and 0 < length <= self.P
             for position in range(start, start + length):
                 self.compute(seq, position)
         sampled = []
         for row, seq in plan.samples:
-            source, start, length = plan.tiles[row]
+            source, start, length, _ = plan.tiles[row]
             assert start + length == seq.prompt_len == source.prompt_len
-            sampled.append(SampledToken(seq, self.attend(seq, seq.prompt_len)))
-        self.write_tokens(sampled, [seq.prompt_len for seq, _ in sampled])
+            token = self.attend(seq, seq.prompt_len)
+            sampled.append(SampledToken(seq, token, plan.tiles[row]))
+        self.write_tokens(sampled, [one.seq.prompt_len for one in sampled])
         return sampled
 
     def decode(self, plan: Plan) -> list[SampledToken]:
@@ -198,10 +213,13 @@ class Machine:
         for step in range(self.scheduler.max_steps):
             rows = [row for row in plan.decodes if step < row.length]
             for row in rows:
+                if row.guess is not None:
+                    self.slots[row.seq.occupied_slot][row.start :] = [row.guess]
+            for row in rows:
                 self.compute(row.seq, row.start + step)
             ends = [row.start + step + 1 for row in rows]
             sampled = [
-                SampledToken(row.seq, self.attend(row.seq, end))
+                SampledToken(row.seq, self.attend(row.seq, end), row)
                 for row, end in zip(rows, ends, strict=True)
             ]
             self.write_tokens(sampled, ends)
@@ -224,18 +242,19 @@ class Machine:
         for i in range(length):
             held = self.pages[table[i // self.P], i % self.P]
             assert held == tuple(tokens[: i + 1]), f"{seq.key} reads another's page at {i}"
-        return next_token(tokens[:length], seq.key.sample)
+        return next_token(tokens[:length], seq.key.sample, seq.params)
 
     def write_tokens(self, sampled: list[SampledToken], positions: list[int]) -> None:
         """Put sampled tokens into their slots, as the next step is to find them."""
-        for (seq, token), position in zip(sampled, positions, strict=True):
-            self.slots[seq.occupied_slot][position:] = [token]
+        for (seq, token, _), position in zip(sampled, positions, strict=True):
+            self.slots[seq.occupied_slot][position : position + 1] = [token]
 
     def collect(self, landed: list[SampledToken]) -> None:
         """Take in the tokens of the step before."""
-        for seq, token in landed:
-            if seq.finished:
+        for seq, token, row in landed:
+            if seq.finished or not reads_what_is_there(row):
                 continue
+            self.right_guesses += row.guess is not None
             if seq.params.max_tokens:
                 seq.tokens.append(token)
             new = seq.tokens[seq.prompt_len :]
@@ -267,19 +286,20 @@ class Random(RuleBasedStateMachine):
     preemption, forks that share what they write, starvation, and leaks, in workloads that nobody
     thought of."""
 
-    @initialize(max_steps=st.sampled_from([1, 3]))
-    def start(self, max_steps):
-        self.machine = Machine(max_steps=max_steps)
+    @initialize(at_once=st.sampled_from([{}, {"max_steps": 3}, {"max_guesses": 3}]))
+    def start(self, at_once):
+        self.machine = Machine(**at_once)
 
     @rule(
-        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=11),
+        prompt=st.lists(st.sampled_from([1, 3]), min_size=1, max_size=11),
         max_tokens=st.integers(1, 5),
         n=st.integers(1, 4),
         scored=st.booleans(),
+        repetition_penalty=st.sampled_from([1.0, 2.0]),
     )
-    def add(self, prompt, max_tokens, n, scored):
+    def add(self, scored, **params):
         prompt_logprobs = 0 if scored else None
-        self.machine.add(prompt, max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs)
+        self.machine.add(prompt_logprobs=prompt_logprobs, **params)
 
     @rule(data=st.data())
     def cancel(self, data):
@@ -300,11 +320,11 @@ TestRandom.settings = settings(max_examples=200, stateful_step_count=25, deadlin
 
 
 def preemptions_of(
-    arrivals, requests, chunk_size: int, cancel_at: int | None, max_steps: int
+    arrivals, requests, chunk_size: int, cancel_at: int | None, at_once: dict
 ) -> int:
     """Run requests that arrive at given steps, the first of them cancelled at one; count
     preemptions."""
-    machine = Machine(num_pages=5, chunk_size=chunk_size, tiles=2, max_steps=max_steps)
+    machine = Machine(num_pages=5, chunk_size=chunk_size, tiles=2, **at_once)
     for step in range(5):
         for arrival, (prompt, max_tokens) in zip(arrivals, requests, strict=True):
             if arrival == step:
@@ -316,13 +336,13 @@ def preemptions_of(
     return machine.scheduler.preemptions
 
 
-@pytest.mark.parametrize("max_steps", [1, 4])
-def test_every_arrival_of_three_requests_at_four_pages(max_steps):
+@pytest.mark.parametrize("at_once", [{}, {"max_steps": 4}, {"max_guesses": 4}])
+def test_every_arrival_of_three_requests_at_four_pages(at_once):
     """Catches an order of arrivals and ends, however rare, in which a request starves or reads
     another's page."""
     shapes = [([1, 1, 1, 1, 1], 4), ([1, 1, 2], 3), ([1, 1, 1, 1], 2)]
     preempted = sum(
-        preemptions_of(arrivals, requests, chunk_size, cancel_at, max_steps)
+        preemptions_of(arrivals, requests, chunk_size, cancel_at, at_once)
         for arrivals in itertools.product(range(4), repeat=3)
         for requests in itertools.permutations(shapes)
         for chunk_size, cancel_at in ((2, None), (4, None), (2, 2), (2, 4))
@@ -351,6 +371,33 @@ def test_several_steps_at_once_where_nobody_waits():
         assert machine.steps_together <= 1
     machine.run()
     assert chunk.finished
+
+
+REPEATS = {"prompt": [3, 3, 3], "repetition_penalty": 2.0}  # after 3 comes 3: all guesses are right
+
+
+def test_right_guesses_save_steps():
+    """Catches guesses that are never right, or that go on in a sequence that has all its tokens."""
+    machine = Machine(num_pages=40, max_guesses=4, max_num_seqs=5)
+    machine.add(max_tokens=31, **REPEATS)
+    steps = 0
+    while machine.requests:
+        machine.step()
+        steps += 1
+    machine.run()
+    assert machine.right_guesses == 24
+    assert steps < 20
+
+
+@pytest.mark.parametrize("num_pages", range(10, 20))
+def test_preempted_while_its_guesses_are_checked(num_pages):
+    """Catches pages of right guesses that are lost when another sequence takes their place, and
+    guesses that take the place of another sequence."""
+    machine = Machine(num_pages=num_pages, page_size=1, max_guesses=4, max_num_seqs=8)
+    machine.add([1], max_tokens=8)
+    machine.add(max_tokens=6, **REPEATS)
+    machine.run()
+    assert machine.right_guesses > 0
 
 
 def test_a_newcomer_leaves_room_for_the_next_tokens_of_others():
