@@ -3,7 +3,8 @@
 Run it: python tests/same_bits.py
 
 It runs the same seeded requests together, in another order, one by one, in small and large chunks,
-with and without prefix hits, and in pools one three times the other, the smaller with preemption.
+with and without prefix hits, and in pools one three times the other, the smaller with preemption;
+with --speculate 2 4 7 guessing ahead too.
 As a control, it resumes requests by computing their generated tokens again as if they were prompt:
 what other engines do after a preemption. With XLA that must give other bits; with the native CPU
 code it must give the same. It prints a line for each
@@ -69,7 +70,7 @@ class Setting(NamedTuple):
     progress: bool
     cpu: CPUConfig
 
-    def engine(self, num_pages: int, chunk_size: int | None = None) -> Engine:
+    def engine(self, num_pages: int, chunk_size: int | None = None, speculate: int = 0) -> Engine:
         """Return an engine with a pool of so many pages."""
         config = EngineConfig(
             page_size=self.page_size,
@@ -78,6 +79,7 @@ class Setting(NamedTuple):
             prefill_tokens=self.prefill_tokens,
             chunk_size=chunk_size,
             num_scheduler_steps=self.num_scheduler_steps,
+            speculate=speculate,
             **dataclasses.asdict(self.cpu),
         )
         return Engine(self.model, None, config, progress=self.progress)
@@ -143,6 +145,7 @@ def compare(
     page_size: int = 16,
     prefill_tokens: int = 64,
     num_scheduler_steps: int = 1,
+    speculate: tuple[int, ...] = (),
     progress: bool = True,
     cpu: CPUConfig = DEFAULT_CPU,
 ) -> Iterator[Way]:
@@ -168,6 +171,14 @@ def compare(
     results = run(small, requests)
     assert small.stats().preemptions > 0, "nothing was preempted"
     yield Way("in a pool of a third, preempted", count_different(results, together))
+
+    for guesses in speculate:
+        engine = setting.engine(few_pages, speculate=guesses)
+        results = run(engine, requests)
+        right = engine.stats().num_accepted_tokens
+        assert right > 0, "nothing was guessed right"
+        name = f"guessing {guesses} ahead, {right} tokens right, in the pool of a third"
+        yield Way(name, count_different(results, together))
 
     # These penalties tell generated tokens from the prompt's: as prompt, they are other requests.
     alike = [i for i, (_, p) in enumerate(requests) if not p.frequency_penalty]
@@ -214,6 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=("int8",))
     parser.add_argument("--cpu_kernels", choices=("auto", "off"), default="auto")
     parser.add_argument("--num_scheduler_steps", type=int, default=1)
+    parser.add_argument("--speculate", type=int, nargs="*", default=())
     return parser.parse_args()
 
 
@@ -236,6 +248,7 @@ def main() -> None:
         args.requests,
         max_num_seqs=args.max_num_seqs,
         num_scheduler_steps=args.num_scheduler_steps,
+        speculate=tuple(args.speculate),
         cpu=cpu,
     )
     for way in ways:
