@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import eval_harness
+import model_runner
 from config import EvalConfig
 from errors import UserError
 from eval_harness import JAXNanoGPT
@@ -33,6 +34,15 @@ TEXT = (
     "the naive approach is the naive one, and the other approach is the other one; "
     "so the world goes on. "
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_steps():
+    """Give engines few and small programs: to compile those of a user takes 20 s for each model."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = model_runner.StepSize(max_num_seqs=4, prefill_tokens=32, num_scheduler_steps=1)
+        patch.setattr(model_runner, "CPU_STEP", few)
+        yield
 
 
 @pytest.fixture(scope="module")
