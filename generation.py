@@ -95,7 +95,7 @@ class KVCache:
 
         cache = dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
         dtype = str(self.k.dtype)
-        q = fold_groups(q * D**-0.5, KV)  # (B, T G, KV, D)
+        q = fold_groups(q.astype(jnp.float32) * D**-0.5, KV)  # (B, T G, KV, D)
         scores = einsum("bthd,bhsd->bhts", q, cache.k[layer], dtype)
         last_seen = jnp.repeat(at, H // KV, axis=1)[:, None, :, None]  # (B, 1, T G, 1)
         visible = jnp.arange(self.k.shape[3]) <= last_seen

@@ -341,7 +341,8 @@ class Scheduler:
         count = min(self.max_guesses, room, seq.params.max_tokens - seq.num_sampled)
         tokens = seq.speculation.draft(seq.tokens, count) if count > 0 else []
         first = row.start + 1
-        while tokens and self._pages_missing(seq, first + len(tokens)) > self.blocks.num_free:
+        to_spare = self.blocks.num_free - len(self.running)  # a page for everyone's next token
+        while tokens and self._pages_missing(seq, first + len(tokens)) > max(0, to_spare):
             tokens.pop()
         if not tokens:
             return []

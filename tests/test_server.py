@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import yaml
 
 import cli
 import server as server_program
@@ -375,13 +376,56 @@ def test_systemd_unit():
     _, program, *flags = shlex.split(service["ExecStart"])
     assert program == "server.py"
     config = cli.parse(ServeConfig, argv=flags)
-    longest = (
-        config.drain_timeout + server_program.CONNECTION_TIMEOUT + server_program.THREAD_TIMEOUT
-    )
-    assert int(service["TimeoutStopSec"]) >= longest
+    assert int(service["TimeoutStopSec"]) >= longest_end(config)
     assert service["KillSignal"] == "SIGTERM"
     assert service["Restart"] == "on-failure"
     assert service["RestartPreventExitStatus"] == "2", "of a mistake in the flags, see cli.fail"
+
+
+def longest_end(config: ServeConfig) -> float:
+    """Return the seconds that a server takes at most from SIGTERM to its end."""
+    return config.drain_timeout + server_program.CONNECTION_TIMEOUT + server_program.THREAD_TIMEOUT
+
+
+def test_kubernetes_deployment():
+    """Catches: a pod whose flags the server refuses, that is killed before the drain is over, that
+    is asked for its health where nothing answers, and selectors that find no pod."""
+    documents = yaml.safe_load_all((ROOT / "deploy" / "serve-kubernetes.yaml").read_text())
+    by_kind = {document["kind"]: document["spec"] for document in documents}
+    deployment = by_kind["Deployment"]
+    pod = deployment["template"]["spec"]
+    [container] = pod["containers"]
+    config = cli.parse(ServeConfig, argv=container["args"])
+    [port] = container["ports"]
+    assert port["containerPort"] == config.port
+    _, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["terminationGracePeriodSeconds"] >= int(seconds) + longest_end(config)
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    labels = deployment["template"]["metadata"]["labels"]
+    assert by_kind["Service"]["selector"] == labels
+    assert deployment["selector"]["matchLabels"] == labels
+    assert by_kind["PodDisruptionBudget"]["selector"]["matchLabels"] == labels
+    minimum = by_kind["HorizontalPodAutoscaler"]["minReplicas"]
+    assert by_kind["PodDisruptionBudget"]["minAvailable"] < minimum
+
+
+def test_the_image_has_all_that_the_server_imports():
+    """Catches: a new folder of ours that the Dockerfile does not copy."""
+    listing = (
+        "import sys, server, serving.routes, utils; "
+        "print(*{m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = [Path(file) for file in done.stdout.split()]
+    ours = [file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT)]
+    folders = {file.parts[0] for file in ours if len(file.parts) > 1 and file.parts[0] != ".venv"}
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    copied = {line.split()[1] for line in dockerfile.splitlines() if line.startswith("COPY ")}
+    assert {"serving", "kernels", "speculation"} <= folders
+    assert folders <= copied
 
 
 def test_drain_has_an_end(tiny_model):
