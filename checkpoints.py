@@ -59,7 +59,7 @@ def read_array(directory: Path, name: str, like: Any) -> jax.Array:
     """Read one array of an item of a checkpoint, in the shape, dtype and sharding of `like`.
 
     Each process reads what its devices hold, equal shards once. Raises what TensorStore raises."""
-    database = {"driver": "ocdbt", "base": f"file://{directory}/", "path": f"{name}/"}
+    database = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{name}/"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": database}).result()
     if (stored.shape, stored.dtype.name) != (like.shape, str(like.dtype)):
         raise ValueError(f"{name} is {stored.dtype.name} {stored.shape}, not as in its record")

@@ -220,6 +220,13 @@ def test_finetuning_starts_from_the_given_weights(data_dir, finished, tmp_path):
     assert "n_layer=2" in refused.stderr
 
 
+def test_a_run_is_opened_by_a_relative_path(finished, monkeypatch):
+    """Catches a path that TensorStore takes for a host: all other tests have absolute ones."""
+    monkeypatch.chdir(finished.parent)
+    _, _, step = load_model(Path(finished.name))
+    assert step > 0
+
+
 def test_sample_writes_what_generate_does(finished):
     """Catches a streamed sample that loses or repeats characters at the seams of its bursts."""
     flags = ["--start=abc", "--num_samples=2", "--max_new_tokens=70", "--seed=5"]
