@@ -82,7 +82,8 @@ def reason_of(error: BaseException, directory: Path) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     message = str(error).partition(" [tensorstore_spec=")[0] or type(error).__name__
-    line = " ".join(message.replace(f"{directory}/", "").split())
+    message = message.replace(f"{directory.absolute()}/", "").replace(f"{directory}/", "")
+    line = " ".join(message.split())
     return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "..."
 
 

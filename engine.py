@@ -74,23 +74,15 @@ class Engine:
 
         tokenizer: for text in prompts and outputs, stop strings and the end-of-text token."""
         step = step_size(config)
-        tiles = step.prefill_tokens // config.page_size
         self.model_config = model.config
         self.tokenizer = tokenizer
         self.config = dataclasses.replace(config, **step._asdict())
-        self.runner = ModelRunner(
-            model,
-            config,
-            max_num_seqs=step.max_num_seqs,
-            max_tiles=tiles,
-            max_steps=step.num_scheduler_steps,
-            progress=progress,
-        )
+        self.runner = ModelRunner(model, config, step, progress=progress)
         self.blocks = BlockManager(self.runner.num_pages, config.page_size)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=step.max_num_seqs,
-            tiles=tiles,
+            tiles=self.runner.max_tiles,
             chunk_size=config.chunk_size or step.prefill_tokens,
             max_steps=step.num_scheduler_steps,
             max_guesses=config.speculate,

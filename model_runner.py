@@ -143,26 +143,16 @@ class ModelRunner:
 
     Everything that will ever run is compiled at start-up. Calls return at once; `fetch` waits."""
 
-    def __init__(
-        self,
-        model: GPT,
-        config: EngineConfig,
-        *,
-        max_num_seqs: int,
-        max_tiles: int,
-        max_steps: int,
-        progress: bool,
-    ):
-        """max_num_seqs, max_tiles: the most rows of a decode call, and of a prefill call.
-        max_steps: the most steps of a decode call."""
+    def __init__(self, model: GPT, config: EngineConfig, step: StepSize, *, progress: bool):
+        """step: what step_size says of config."""
         self.model_config = model.config
         self.page_size = config.page_size
-        self.max_num_seqs = max_num_seqs
-        self.max_tiles = max_tiles
-        self.max_steps = max_steps
+        self.max_num_seqs = step.max_num_seqs
+        self.max_tiles = step.prefill_tokens // config.page_size  # rows of a prefill call
+        self.max_steps = step.num_scheduler_steps  # of a decode call
         self.max_guesses = config.speculate
         self.pages_per_seq = -(-model.config.block_size // config.page_size)
-        self.padding_slot = max_num_seqs  # the last one, which no sequence gets
+        self.padding_slot = step.max_num_seqs  # the last one, which no sequence gets
         cache = create_cache(model.config, config)
         self.num_pages = cache.k_pages.shape[1]
         self.attention = cache.attention

@@ -53,10 +53,10 @@ def continuation(tokens: Sequence[int], start: int, count: int) -> list[int]:
     """Return `count` tokens from index start on, as if tokens went on from their end as from there.
 
     So what repeats itself is guessed to go on doing so."""
-    extended = list(tokens[start:])
+    extended = list(tokens[start : start + count])
     for i in range(count - len(extended)):
         extended.append(extended[i])
-    return extended[:count]
+    return extended
 
 
 class Speculation:
