@@ -26,6 +26,7 @@ from serving.job import Job
 from serving.log import RequestLog
 from serving.pieces import in_turns, joined, json_fragments, json_response
 from serving.protocol import GenerationRequest, Usage
+from serving.tool_calls import MARKED, Call, CallReader, CallStyle, Said, StreamedCall, written_call
 from serving.turns import Turns
 from serving.worker import Worker
 from tokenizer import StreamDecoder, Tokenizer
@@ -72,23 +73,36 @@ class ChoiceWriter(ABC):
         self.completion_tokens += len(output.token_ids)
         token_ids = output.token_ids if self.body.return_token_ids else None
         scores = output.logprobs or output.prompt_logprobs
-        if not (output.text or token_ids or scores or output.finish_reason):
+        said = self.read(output)
+        if not (said.words or said.calls or token_ids or scores or output.finish_reason):
             return None
         common_fields = {
             "index": self.index,
-            "finish_reason": output.finish_reason,
+            "finish_reason": self.finish_reason(output),
             "stop_reason": output.stop_reason,
             "token_ids": token_ids,
         }
         prompt_fields = {} if self.has_written else self._prompt_fields(output)
         self.has_written = True
-        return self.make_piece(output, common_fields, prompt_fields)
+        return self.make_piece(output, said, common_fields, prompt_fields)
+
+    def read(self, output: Output) -> Said:
+        """Return what the output says: its text."""
+        return Said(output.text, [])
+
+    def finish_reason(self, output: Output) -> str | None:
+        """Return why the sample has ended, None if it goes on."""
+        return output.finish_reason
 
     @abstractmethod
     def make_piece(
-        self, output: Output, common_fields: dict[str, Any], prompt_fields: dict[str, Any]
+        self,
+        output: Output,
+        said: Said,
+        common_fields: dict[str, Any],
+        prompt_fields: dict[str, Any],
     ) -> Piece:
-        """Return output as a choice of this API.
+        """Return output, and what it says, as a choice of this API.
 
         common_fields are those of all kinds of choice. prompt_fields tell of the prompt; they are
         empty but for the first choice of a sample."""
@@ -149,14 +163,18 @@ class CompletionChoiceWriter(ChoiceWriter):
         self.text_offset = 0  # characters of the tokens whose logprobs have been written
 
     def make_piece(
-        self, output: Output, common_fields: dict[str, Any], prompt_fields: dict[str, Any]
+        self,
+        output: Output,
+        said: Said,
+        common_fields: dict[str, Any],
+        prompt_fields: dict[str, Any],
     ) -> Piece:
         """Return output as a choice with text. It tells of its prompt itself: there are several."""
         prompt_entries: list[tuple[int, Logprobs | None]] = []
         if output.prompt_logprobs:  # on the first output, if they were asked for
             prompt_entries = list(zip(self.prompt, output.prompt_logprobs, strict=True))
         choice = protocol.Choice.model_construct(
-            text=output.text,
+            text=said.words,
             logprobs=self._logprobs(output, prompt_entries),
             **common_fields,
             **prompt_fields,
@@ -213,32 +231,79 @@ class ChatChoiceWriter(ChoiceWriter):
     chunk_type = protocol.ChatChunk
 
     def __init__(
-        self, body: protocol.ChatRequest, tokenizer: Tokenizer, prompt: list[int], index: int
+        self,
+        body: protocol.ChatRequest,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        index: int,
+        call_style: CallStyle = MARKED,
     ) -> None:
+        """call_style: how the model writes calls of functions."""
         super().__init__(body, tokenizer, prompt, index)
         self.role_is_written = False
+        names = {tool.function.name for tool in body.offered_tools()}
+        self.call_reader = CallReader(call_style, names, body.may_call_several()) if names else None
+        self.calls_written = 0
+
+    def read(self, output: Output) -> Said:
+        """Return what the output says: words, and calls of functions if the request offers any."""
+        if self.call_reader is None:
+            return super().read(output)
+        said = self.call_reader.push(output.text)
+        if output.finish_reason is None:
+            return said
+        rest = self.call_reader.finish()
+        return Said(said.words + rest.words, said.calls + rest.calls)
+
+    def finish_reason(self, output: Output) -> str | None:
+        """Return why the sample has ended, None if it goes on."""
+        has_called = self.call_reader is not None and self.call_reader.has_called
+        if has_called and output.finish_reason == "stop":
+            return "tool_calls"
+        return output.finish_reason
 
     def make_piece(
-        self, output: Output, common_fields: dict[str, Any], prompt_fields: dict[str, Any]
+        self,
+        output: Output,
+        said: Said,
+        common_fields: dict[str, Any],
+        prompt_fields: dict[str, Any],
     ) -> Piece:
         """Return output as a message or, of a stream, as the piece of one.
 
         The answer tells of the prompt, because all samples have the same; the first does so."""
-        choice = self._choice(output, common_fields)
+        choice = self._choice(output, said, common_fields)
         return Piece(choice, prompt_fields if self.index == 0 else {}, self.usage())
 
-    def _choice(self, output: Output, common_fields: dict[str, Any]) -> protocol.ChatPart:
+    def _choice(
+        self, output: Output, said: Said, common_fields: dict[str, Any]
+    ) -> protocol.ChatPart:
         logprobs = None
         if output.logprobs is not None:
             scored = map(self._scored_token, output.logprobs)
             logprobs = protocol.ChatLogprobs.model_construct(content=scored)
         if not self.body.stream:
-            message = protocol.ChatMessage(content=output.text)
+            calls = [written_call(call) for call in said.calls] or None
+            content = None if calls and not said.words else said.words
+            message = protocol.ChatMessage(content=content, tool_calls=calls)
             return protocol.ChatChoice(message=message, logprobs=logprobs, **common_fields)
         role: Literal["assistant"] | None = None if self.role_is_written else "assistant"
         self.role_is_written = True
-        delta = protocol.ChatDelta(role=role, content=output.text)
+        delta = protocol.ChatDelta(
+            role=role, content=said.words, tool_calls=self._streamed_calls(said.calls)
+        )
         return protocol.ChatChunkChoice(delta=delta, logprobs=logprobs, **common_fields)
+
+    def _streamed_calls(self, calls: list[Call]) -> list[StreamedCall] | None:
+        """Return the calls with their numbers, None if there are none."""
+        if not calls:
+            return None
+        first = self.calls_written
+        self.calls_written += len(calls)
+        return [
+            StreamedCall(index=index, **dict(written_call(call)))
+            for index, call in enumerate(calls, start=first)
+        ]
 
     def _scored_token(self, entry: Logprobs) -> protocol.ScoredToken:
         likeliest = islice(entry.top.items(), self.body.top_logprobs or 0)
@@ -259,12 +324,16 @@ class ChatChoiceWriter(ChoiceWriter):
         }
 
 
+WriterMaker = Callable[[Any, Tokenizer, list[int], int], ChoiceWriter]
+"""ChoiceWriter's class, or a function with its arguments."""
+
+
 class AnswerWriter:
     """Writes the answer to a job, whole or as server-sent events."""
 
     def __init__(
         self,
-        choice_writer: type[ChoiceWriter],
+        make_writer: WriterMaker,
         body: GenerationRequest,
         job: Job,
         tokenizer: Tokenizer,
@@ -272,7 +341,8 @@ class AnswerWriter:
         request_log: RequestLog,
         turns: Turns,
     ) -> None:
-        """request_log is told how many tokens there were, and what broke off a stream."""
+        """make_writer makes the writer of a sample, of the arguments of ChoiceWriter. request_log
+        is told how many tokens there were, and what broke off a stream."""
         self.body = body
         self.job = job
         self.request_log = request_log
@@ -282,11 +352,12 @@ class AnswerWriter:
         for prompt in job.prompts:
             for _ in range(self.samples_per_prompt):
                 index = len(self.choice_writers)
-                self.choice_writers.append(choice_writer(body, tokenizer, prompt, index))
-        self.answer_type: Callable[..., protocol.Answer] = choice_writer.answer_type
+                self.choice_writers.append(make_writer(body, tokenizer, prompt, index))
+        first = self.choice_writers[0]
+        self.answer_type: Callable[..., protocol.Answer] = first.answer_type
         if body.stream:
-            self.answer_type = choice_writer.chunk_type
-        self.answer_id = f"{choice_writer.id_prefix}-{job.request_id}"
+            self.answer_type = first.chunk_type
+        self.answer_id = f"{first.id_prefix}-{job.request_id}"
         self.created = int(time.time())
         self.model_name = model_name
 

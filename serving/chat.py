@@ -17,6 +17,8 @@ from formats.gguf_file import is_gguf, open_gguf
 from formats.gguf_tokenizer import read_chat_settings
 from formats.hub import HUB
 from serving.config import ServeConfig
+from serving.tool_calls import knows_tools, style_of
+from serving.tools import as_plain_messages
 from tokenizer import Tokenizer
 
 MARK = "\ufdd0"
@@ -45,6 +47,8 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self.source = source
+        self.knows_tools = knows_tools(source)
+        self.call_style = style_of(source)
         self.tokenizer = tokenizer
         self.special_names = special_names
         self.render_jinja_template: Callable[..., Any] = render_jinja_template
@@ -54,18 +58,23 @@ class ChatTemplate:
 
     def encode(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """Return the token ids of the prompt.
+        """Return the token ids of the prompt, which tells of the tools if there are any.
 
         It ends as an assistant's turn begins, or within the last message, whose turn is left open,
         or, with neither, with the last turn. Raises UserError if the template refuses the messages
         or makes nothing of them, and ValueError if the vocabulary lacks their characters."""
-        marked = [message | {"content": self._mark(message["content"])} for message in messages]
+        if not self.knows_tools:
+            messages = as_plain_messages(messages, tools or [])
+            tools = None
+        marked = self._mark_all(messages)
+        marked_tools = self._mark_all(tools)
         try:
-            text = self._render(marked, add_generation_prompt, continue_final_message)
+            text = self._render(marked, add_generation_prompt, continue_final_message, marked_tools)
         except Exception as error:  # a template may raise anything: to the client it has refused
             raise UserError(f"the chat template does not take these messages: {error}") from error
         token_ids = self._encode_marked(text)
@@ -87,18 +96,30 @@ class ChatTemplate:
 
     def _render(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         texts, _ = self.render_jinja_template(
             [messages],
+            tools=tools or None,
             chat_template=self.source,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             **self.special_names,
         )
         return texts[0]
+
+    def _mark_all(self, said: Any) -> Any:
+        """Return JSON with all its texts marked: contents, arguments, descriptions of tools."""
+        if isinstance(said, str):
+            return self._mark(said)
+        if isinstance(said, list):
+            return [self._mark_all(item) for item in said]
+        if isinstance(said, dict):
+            return {self._mark(key): self._mark_all(value) for key, value in said.items()}
+        return said
 
     def _mark(self, text: str) -> str:
         """Return what a user says with a MARK before all that looks like a special token."""

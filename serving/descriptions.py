@@ -36,7 +36,8 @@ FIELDS = {
     "delta": "What the assistant goes on to say.",
     "content": "What is said; of logprobs, an entry for each token.",
     "logprobs": "The logprobs of its tokens, if they were asked for.",
-    "finish_reason": "stop: the model or a stop string ended it; length: max_tokens did.",
+    "finish_reason": "stop: the model or a stop string ended it; length: max_tokens did; "
+    "tool_calls: it stopped, and has called functions.",
     "token_ids": "The new tokens, if return_token_ids asks for them.",
     "prompt_token_ids": "The prompt's tokens, if return_token_ids asks for them.",
     "prompt_logprobs": "An entry for each token of the prompt, if they were asked for; the first "
@@ -46,6 +47,9 @@ FIELDS = {
     "logprob": "The natural logarithm of its probability.",
     "bytes": "The token's bytes.",
     "decoded_token": "The token's text.",
+    "function": "A function, by its name.",
+    "name": "The function's name.",
+    "arguments": "What it is called with, a JSON object as text.",
     "error": "What is wrong.",
     "param": "The field of the request that is wrong.",
     "code": "OpenAI's word for what has happened.",

@@ -30,7 +30,6 @@ GENERATION: Neutral = {
     "max_completion_tokens": (SameAs("max_tokens"),),
     "metadata": ANYTHING,
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prompt_cache_key": ANYTHING,
     "prompt_cache_retention": ANYTHING,
     "reasoning_effort": ("none",),
@@ -39,8 +38,6 @@ GENERATION: Neutral = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "user": ANYTHING,
     "verbosity": ("medium",),
@@ -56,6 +53,14 @@ GENERATION: Neutral = {
     "top_k": (-1, 0),
     "use_beam_search": (False,),
 }
+
+COMPLETION: Neutral = {
+    **GENERATION,
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+"""A chat has these fields."""
 
 MESSAGE: Neutral = {
     "annotations": ([],),

@@ -98,5 +98,7 @@ class FormFields(BaseModel):
             raise UserError(str(error), param=self.name_of_form()) from error
 
     def name_of_form(self) -> str:
-        """Return the field that gives the form."""
-        return "structured_outputs" if self.response_format is None else "response_format"
+        """Return the field that gives the form: where none of these two does, it is tools."""
+        if self.response_format is not None:
+            return "response_format"
+        return "tools" if self.structured_outputs is None else "structured_outputs"

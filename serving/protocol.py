@@ -7,29 +7,26 @@ asks for nothing: see fields.py.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from errors import require
 from sequence import MAX_BAD_TOKENS, MAX_BIASES, MAX_LOGPROBS, SamplingParams, StopReason
 from serving import fields
 from serving.forms import FormFields
+from serving.messages import ChatForm, Message, Messages
+from serving.request_model import FAIL_FAST, SHORT, RequestModel
+from serving.tool_calls import StreamedCall, WrittenCall
 
 TokenId = Annotated[int, Field(ge=0)]
 StopString = Annotated[str, Field(min_length=1, max_length=128)]
 TokenIdKey = Annotated[int, Strict(False), Field(ge=0)]  # JSON's keys are strings
 Logprob = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
-MAX_ITEMS = 4096
-"""A list of more texts or messages is refused without a look at them. ServeConfig's limits, which
-are checked later, are much smaller."""
-
-# Lists that pydantic leaves at their first mistake, see RequestModel.
-FAIL_FAST = Field(fail_fast=True)
-SHORT = Field(fail_fast=True, max_length=MAX_ITEMS)
 TokenIds = Annotated[list[int], FAIL_FAST]
 
 STOP_REASON = "which of stop or stop_token_ids has ended the sample"
@@ -47,32 +44,6 @@ def require_few_biases(value: Any) -> Any:
 
 FEW_BIASES = BeforeValidator(require_few_biases)
 BAD_WORDS = Field(fail_fast=True, max_length=MAX_BAD_TOKENS)  # each has a token at least
-
-
-class RequestModel(BaseModel):
-    """What a client sends: of exactly these types, and nothing else.
-
-    A body of a megabyte can hold half a million mistakes. pydantic would describe each of them,
-    which takes seconds and gigabytes; so lists are left at their first mistake."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    asks_for_nothing: ClassVar[fields.Neutral] = {}
-    """The values of its fields that ask for nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def leave_what_asks(cls, body: Any) -> Any:
-        """Return the body without fields that ask for nothing, and with one of the unknown fields
-        at most: one is enough to refuse it."""
-        if not isinstance(body, dict):
-            return body
-        body = fields.without_neutral(body, cls.asks_for_nothing)
-        all_known = cls.model_fields  # a property that takes its time
-        if len(body) <= len(all_known):
-            return body
-        known = {name: body[name] for name in all_known if name in body}
-        unknown = next(name for name in body if name not in all_known)
-        return known | {unknown: None}
 
 
 class StreamOptions(RequestModel):
@@ -152,6 +123,8 @@ class GenerationRequest(RequestModel, FormFields):
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
+    asks_for_nothing = fields.COMPLETION
+
     prompt: str | TokenIds | Annotated[list[str], SHORT] | Annotated[list[TokenIds], SHORT] = Field(
         description="texts or token ids"
     )
@@ -171,62 +144,6 @@ class CompletionRequest(GenerationRequest):
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return SamplingParams(**given)
-
-
-class TextPart(RequestModel):
-    """A part of a message: the only kind there is here."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(RequestModel):
-    """One turn of a chat."""
-
-    asks_for_nothing = fields.MESSAGE
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], SHORT] = Field(
-        description="parts are joined by line breaks"
-    )
-
-    def text(self) -> str:
-        """Return what is said, its parts joined by line breaks."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
-
-
-class ChatForm(RequestModel):
-    """How a prompt is made of a chat's messages."""
-
-    add_generation_prompt: bool | None = Field(
-        None,
-        description="the prompt ends as an assistant's turn begins; default true, unless "
-        "continue_final_message",
-    )
-    continue_final_message: bool | None = Field(
-        None, description="the prompt ends within the last message, whose turn is left open"
-    )
-
-    def continues_turn(self) -> bool:
-        """Return whether the answer goes on with the last message."""
-        return bool(self.continue_final_message)
-
-    def opens_turn(self) -> bool:
-        """Return whether the answer is a turn of its own. Raises UserError if it is told both."""
-        if self.add_generation_prompt is None:
-            return not self.continues_turn()
-        require(
-            not (self.add_generation_prompt and self.continues_turn()),
-            "continue_final_message=true goes on with the last message, and "
-            "add_generation_prompt=true begins another: ask for one of them",
-            param="continue_final_message",
-        )
-        return self.add_generation_prompt
 
 
 class ChatRequest(GenerationRequest, ChatForm):
@@ -261,6 +178,12 @@ class ChatRequest(GenerationRequest, ChatForm):
             bool(self.logprobs) or self.top_logprobs is None,
             f"top_logprobs={self.top_logprobs} needs logprobs=true",
             param="top_logprobs",
+        )
+        require(
+            not self.forced_tools() or self.structured_output() is None,
+            f"{self.name_of_form()} gives the answer a form, and tool_choice makes it a call: send "
+            "one of them",
+            param="tool_choice",
         )
         given = self.given_params()
         limit = self.limit()
@@ -352,14 +275,16 @@ class ChatMessage(BaseModel):
     """The assistant's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null in a turn of nothing but calls")
+    tool_calls: list[WrittenCall] | None = Field(None, description="what the model calls")
 
 
 class ChatDelta(BaseModel):
     """A piece of the assistant's turn."""
 
     role: Literal["assistant"] | None = Field(None, description="on a sample's first chunk")
-    content: str
+    content: str | None
+    tool_calls: list[StreamedCall] | None = Field(None, description="what the model calls")
 
 
 class ChatPart(BaseModel):
@@ -367,7 +292,7 @@ class ChatPart(BaseModel):
 
     index: int
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: StopReason = Field(None, description=STOP_REASON)
     token_ids: list[int] | None = None
 

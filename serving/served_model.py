@@ -5,12 +5,13 @@ followed from end to end.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi.responses import Response
 
@@ -21,17 +22,19 @@ from serving import protocol, status
 from serving.answers import (
     AnswerWriter,
     ChatChoiceWriter,
-    ChoiceWriter,
     CompletionChoiceWriter,
     EventStream,
     WholeAnswer,
+    WriterMaker,
 )
 from serving.api_errors import APIError
 from serving.chat import NO_CHAT_TEMPLATE, ChatTemplate
 from serving.config import ServeConfig
 from serving.job import Job
 from serving.log import current_request
+from serving.messages import ChatForm, Message
 from serving.pieces import json_response
+from serving.tool_calls import form_of_calls
 from serving.turns import Turns
 from serving.worker import Worker
 from structured.grammar import matcher_for
@@ -102,10 +105,28 @@ class ServedModel:
             self._require_room(self.tokenizer.fewest_tokens(said), "messages")
         prompt = await self._encode_chat(body.messages, body)
         prompt = self._truncate(prompt, body, body.limit() or 1)
-        params = body.sampling_params(self._room_after(prompt))
+        params = self._with_calls(body, body.sampling_params(self._room_after(prompt)))
         names = ("messages", body.name_of_limit())
         require_context(len(prompt), params.max_tokens, self.max_model_len, *names)
-        return await self._generate(ChatChoiceWriter, body, [prompt], params)
+        assert self.template is not None, "the prompt was made by it"
+        make_writer = partial(ChatChoiceWriter, call_style=self.template.call_style)
+        return await self._generate(make_writer, body, [prompt], params)
+
+    def _with_calls(self, body: protocol.ChatRequest, params: SamplingParams) -> SamplingParams:
+        """Return the parameters with a form that has calls in it, where the answer has to be a
+        call, or may be one instead of the JSON that is asked for."""
+        assert self.template is not None, "the prompt was made by it"
+        style = self.template.call_style
+        several = body.may_call_several()
+        forced = body.forced_tools()
+        if forced:
+            form = form_of_calls(forced, style, several)
+            return dataclasses.replace(params, structured=form)
+        offered = body.offered_tools()
+        if offered and params.structured is not None and params.structured.json is not None:
+            form = form_of_calls(offered, style, several, otherwise=params.structured.json)
+            return dataclasses.replace(params, structured=form)
+        return params
 
     async def tokenize(self, body: protocol.TokenizeRequest) -> Response:
         """Return the token ids of a text, or of a chat, which may be longer than the model's
@@ -180,15 +201,16 @@ class ServedModel:
         encode = partial(encode_texts, self.tokenizer, prompts)
         return await self._work(encode, size, param="prompt")
 
-    async def _encode_chat(
-        self, messages: list[protocol.Message], form: protocol.ChatForm
-    ) -> list[int]:
+    async def _encode_chat(self, messages: list[Message], form: ChatForm) -> list[int]:
         """Return the token ids of a chat. Raises UserError where there is no template."""
         if self.template is None:
             raise UserError(NO_CHAT_TEMPLATE, param="messages")
-        rendered = [{"role": message.role, "content": message.text()} for message in messages]
-        size = sum(len(message["content"]) for message in rendered)
-        encode = partial(self.template.encode, rendered, form.opens_turn(), form.continues_turn())
+        for_template = [message.for_template() for message in messages]
+        tools = [tool.model_dump(exclude_none=True) for tool in form.offered_tools()]
+        size = sum(map(text_length, (for_template, tools)))
+        encode = partial(
+            self.template.encode, for_template, form.opens_turn(), form.continues_turn(), tools
+        )
         return await self._work(encode, size, param="messages")
 
     def _truncate(
@@ -246,7 +268,7 @@ class ServedModel:
 
     async def _generate(
         self,
-        choice_writer: type[ChoiceWriter],
+        make_writer: WriterMaker,
         body: protocol.GenerationRequest,
         prompts: list[list[int]],
         params: SamplingParams,
@@ -257,7 +279,7 @@ class ServedModel:
         self._check_logprobs(job)
         await self._compile_form(body, params)
         writer = AnswerWriter(
-            choice_writer,
+            make_writer,
             body,
             job,
             self.tokenizer,
@@ -310,6 +332,17 @@ def decode_tokens(tokenizer: Tokenizer, tokens: list[int]) -> str:
         param="tokens",
     )
     return tokenizer.decode(tokens)
+
+
+def text_length(said: Any) -> int:
+    """Return the characters of all texts in JSON: a measure of what it takes to encode them."""
+    if isinstance(said, str):
+        return len(said)
+    if isinstance(said, list):
+        return sum(map(text_length, said))
+    if isinstance(said, dict):
+        return sum(map(text_length, said)) + sum(map(text_length, said.values()))
+    return 0
 
 
 def check_limit(name: str, value: int | None, limit: int) -> None:

@@ -12,7 +12,8 @@ from engine import Engine
 from model import GPT
 from running_server import CONFIG, ENGINE, TOKENIZER, Running
 
-TEMPLATE = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+TEMPLATE = """{% for t in tools or [] %}{{ t.function.name }} {% endfor %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }}
 {% if m.role == "system" and not loop.first %}{{ raise_exception("system comes first") }}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 

@@ -175,12 +175,12 @@ def test_structured_outputs(client):
 
 
 def test_what_the_server_lacks_is_refused(client):
-    """Catches: tools, formats or a choice of the best that are asked for and left out."""
+    """Catches: tools that are no functions, formats or a choice of the best that are asked for and
+    left out."""
     create = client.chat.completions.create
     same = {"model": "tiny", "messages": CHAT, "max_tokens": 4}
-    tool = {"type": "function", "function": {"name": "f"}}
     with pytest.raises(openai.BadRequestError, match="tools"):
-        create(**same, tools=[tool])
+        create(**same, tools=[{"type": "custom", "custom": {"name": "f"}}])
     with pytest.raises(openai.BadRequestError, match="response_format"):
         create(**same, response_format={"type": "json_schema"})
     with pytest.raises(openai.BadRequestError, match="best_of"):

@@ -20,6 +20,7 @@ from config import EngineConfig
 from running_server import TOKENIZER
 from serving import protocol
 from serving.pieces import ITEMS, PIECE_BYTES, in_turns, joined, json_fragments
+from serving.request_model import MAX_ITEMS
 from serving.routes import answer_validation_error
 from serving.served_model import LONG_TEXT, SHORT_TEXT
 from serving.turns import Turns
@@ -276,7 +277,7 @@ FULL_OF_MISTAKES = [
     (protocol.CompletionRequest, {"prompt": [1] * MANY + ["a"]}),
     (protocol.CompletionRequest, {"prompt": ["a"] + [1] * MANY}),
     (protocol.CompletionRequest, {"prompt": [None] * MANY}),
-    (protocol.CompletionRequest, {"prompt": [None] * protocol.MAX_ITEMS}),
+    (protocol.CompletionRequest, {"prompt": [None] * MAX_ITEMS}),
     (protocol.CompletionRequest, {"prompt": [[1]] * MANY}),
     (protocol.CompletionRequest, {"prompt": [["a"] * MANY]}),
     (protocol.CompletionRequest, {"prompt": ["a"] * MANY}),
@@ -286,7 +287,7 @@ FULL_OF_MISTAKES = [
     (protocol.CompletionRequest, {"prompt": "a", "logit_bias": {str(i): "" for i in range(MANY)}}),
     (protocol.CompletionRequest, {"prompt": "a", **{f"x{i}": 0 for i in range(MANY)}}),
     (protocol.ChatRequest, {"messages": [1] * MANY}),
-    (protocol.ChatRequest, {"messages": [1] * protocol.MAX_ITEMS}),
+    (protocol.ChatRequest, {"messages": [1] * MAX_ITEMS}),
     (protocol.ChatRequest, {"messages": [MESSAGE] * MANY}),
     (protocol.ChatRequest, {"messages": [MESSAGE | {"content": [1] * MANY}]}),
     (protocol.ChatRequest, {"messages": [MESSAGE | {f"x{i}": 0 for i in range(MANY)}]}),

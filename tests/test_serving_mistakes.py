@@ -84,18 +84,32 @@ def user(content, **more) -> dict:
     return {"messages": [{"role": "user", "content": content, **more}]}
 
 
+def called(arguments: str, role: str = "assistant") -> dict:
+    """A chat that ends with a call of a function."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": role, "content": "x", "tool_calls": [call]}]}
+
+
 BAD_CHATS = [
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools[0].type"),
     ({"tool_choice": "required"}, "tool_choice", "tool_choice"),
     ({"store": True}, "store", "store"),
     ({"modalities": ["text", "audio"]}, "modalities", "modalities"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "response_format"),
     (user([IMAGE]), "messages", "messages[0].content[0].type"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages", "messages[0].role"),
+    (called("[]"), "messages", "no JSON object"),
+    (called("[" * 50_000), "messages", "no JSON object"),
+    (called('{"a": ' * 300 + "1" + "}" * 300), "messages", "no JSON object"),
+    (called("{}", role="user"), "messages", "only the assistant"),
     (user("x", tool_calls=[{"id": "1"}]), "messages", "messages[0].tool_calls"),
     (user("x", refusal="no"), "messages", "messages[0].refusal"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "messages", "messages[0].content"),
-    ({"messages": [{"role": "user"}]}, "messages", "messages[0].content"),
+    (
+        {"messages": [{"role": "assistant", "content": None}]},
+        "messages",
+        "messages[0]: a message needs",
+    ),
+    ({"messages": [{"role": "user"}]}, "messages", "messages[0]: a message needs"),
     ({"messages": CHAT[::-1]}, "messages", "system comes first"),
     (user("ж"), "messages", "ж"),
     ({"messages": []}, "messages", "messages"),
