@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tiny_training import write_letters
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"
+"""What JAX has compiled, for the tests, the processes they start, and the next run: of a test's
+time most is the compiler's. JAX's version and flags are part of a program's name there, and
+`pytest --cache-clear` forgets them all."""
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+from tiny_training import write_letters  # noqa: E402  # it imports JAX, which reads these once
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 if (SHARED / "tiktoken_cache").is_dir():
