@@ -99,7 +99,7 @@ def field_path(loc: tuple[str | int, ...]) -> list[str | int]:
 
 def is_type_name(part: str | int) -> bool:
     """Return whether an entry of pydantic's loc is a type that was tried, not a field."""
-    return isinstance(part, str) and ("[" in part or part == "str")
+    return isinstance(part, str) and ("[" in part or part in ("str", "ToolChoice"))
 
 
 def written_path(path: list[str | int]) -> str:

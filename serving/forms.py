@@ -2,24 +2,19 @@
 structured_outputs. Start with `FormFields.structured_output`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from errors import UserError, require
+from serving.request_model import FAIL_FAST, RequestModel
 from structured.outputs import StructuredOutput
 
 ANY_OBJECT = {"type": "object"}
 """What json_object asks for."""
 
 
-class FormModel(BaseModel):
-    """A part of such a field: of exactly these types, and nothing else."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class NamedSchema(FormModel):
+class NamedSchema(RequestModel):
     """The schema of response_format, with what OpenAI's clients say of it."""
 
     name: str | None = Field(None, description="a name, which nothing depends on")
@@ -30,7 +25,7 @@ class NamedSchema(FormModel):
     strict: bool | None = Field(None, description="the answer always fits, also without")
 
 
-class ResponseFormat(FormModel):
+class ResponseFormat(RequestModel):
     """OpenAI's way to ask for JSON."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
@@ -54,14 +49,16 @@ class ResponseFormat(FormModel):
         return StructuredOutput.of_schema(ANY_OBJECT if schema is None else schema)
 
 
-class StructuredOutputs(FormModel):
+class StructuredOutputs(RequestModel):
     """vLLM's way to ask for a form. Exactly one field is given."""
 
     json_schema: str | dict[str, Any] | None = Field(
         None, alias="json", description="a JSON schema, or the text of one"
     )
     regex: str | None = Field(None, description="a regular expression that all of it matches")
-    choice: list[str] | None = Field(None, description="the texts of which it is one")
+    choice: Annotated[list[str], FAIL_FAST] | None = Field(
+        None, description="the texts of which it is one"
+    )
     grammar: str | None = Field(None, description="in Lark's form")
 
     def structured_output(self) -> StructuredOutput:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from errors import require
-from serving.forms import FormModel
+from serving.request_model import RequestModel
 from structured.outputs import MAX_NESTING, nesting_of
 
 MAX_TOOLS = 128
@@ -19,7 +19,7 @@ NO_PARAMETERS = {"type": "object", "properties": {}}
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class Function(FormModel):
+class Function(RequestModel):
     """A function that the model may call."""
 
     name: FunctionName
@@ -43,34 +43,34 @@ class Function(FormModel):
         return schema
 
 
-class Tool(FormModel):
+class Tool(RequestModel):
     """Something that the model may use: functions are the only kind there is here."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionChoice(FormModel):
+class FunctionChoice(RequestModel):
     """The function that the model shall call."""
 
     name: FunctionName
 
 
-class ToolChoice(FormModel):
+class ToolChoice(RequestModel):
     """A choice of one function by its name."""
 
     type: Literal["function"]
     function: FunctionChoice
 
 
-class CalledFunction(FormModel):
+class CalledFunction(RequestModel):
     """A function that was called, and with what."""
 
     name: FunctionName
     arguments: str = Field(description="a JSON object as text")
 
 
-class ToolCall(FormModel):
+class ToolCall(RequestModel):
     """A call in an earlier turn of the assistant."""
 
     id: str | None = Field(None, description="the name by which a message of role tool answers")

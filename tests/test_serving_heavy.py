@@ -273,6 +273,8 @@ def test_long_texts_keep_no_others_waiting(server, monkeypatch):
 
 MANY = 20_000
 MESSAGE = {"role": "user", "content": "x"}
+UNKNOWN = {f"x{i}": 0 for i in range(MANY)}
+CHAT = {"messages": [MESSAGE]}
 FULL_OF_MISTAKES = [
     (protocol.CompletionRequest, {"prompt": [1] * MANY + ["a"]}),
     (protocol.CompletionRequest, {"prompt": ["a"] + [1] * MANY}),
@@ -285,12 +287,19 @@ FULL_OF_MISTAKES = [
     (protocol.CompletionRequest, {"prompt": "a", "stop": ["a"] * MANY}),
     (protocol.CompletionRequest, {"prompt": "a", "stop_token_ids": ["a"] * MANY}),
     (protocol.CompletionRequest, {"prompt": "a", "logit_bias": {str(i): "" for i in range(MANY)}}),
-    (protocol.CompletionRequest, {"prompt": "a", **{f"x{i}": 0 for i in range(MANY)}}),
+    (protocol.CompletionRequest, {"prompt": "a", **UNKNOWN}),
+    (protocol.CompletionRequest, {"prompt": "a", "response_format": UNKNOWN}),
+    (protocol.CompletionRequest, {"prompt": "a", "structured_outputs": UNKNOWN}),
+    (protocol.CompletionRequest, {"prompt": "a", "structured_outputs": {"choice": [1] * MANY}}),
     (protocol.ChatRequest, {"messages": [1] * MANY}),
     (protocol.ChatRequest, {"messages": [1] * MAX_ITEMS}),
     (protocol.ChatRequest, {"messages": [MESSAGE] * MANY}),
     (protocol.ChatRequest, {"messages": [MESSAGE | {"content": [1] * MANY}]}),
-    (protocol.ChatRequest, {"messages": [MESSAGE | {f"x{i}": 0 for i in range(MANY)}]}),
+    (protocol.ChatRequest, {"messages": [MESSAGE | UNKNOWN]}),
+    (protocol.ChatRequest, {"messages": [MESSAGE | {"tool_calls": [UNKNOWN]}]}),
+    (protocol.ChatRequest, CHAT | {"tools": [UNKNOWN]}),
+    (protocol.ChatRequest, CHAT | {"tools": [1] * MANY}),
+    (protocol.ChatRequest, CHAT | {"tool_choice": UNKNOWN}),
     (protocol.DetokenizeRequest, {"tokens": [""] * MANY}),
 ]
 

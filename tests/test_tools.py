@@ -324,6 +324,8 @@ def test_results_are_put_back(client):
             "tool_choice",
             "'h'",
         ),
+        ({"tool_choice": "sometimes"}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "tool_choice.function: "),
         ({"tools": [tool("f"), tool("f")]}, "tools", "one name"),
         ({"tools": [tool("f g")]}, "tools", "match"),
         ({"tools": [tool("f", {"type": "string"})], "tool_choice": "required"}, "tools", "object"),
