@@ -140,8 +140,11 @@ class ToolFields(BaseModel):
         return self.offered_tools() if self.tool_choice == "required" else []
 
     def may_call_several(self) -> bool:
-        """Return whether an answer may have more than one call."""
-        return self.parallel_tool_calls is not False
+        """Return whether an answer may have more than one call: of one function by name it has
+        one."""
+        return self.parallel_tool_calls is not False and not isinstance(
+            self.tool_choice, ToolChoice
+        )
 
 
 OFFER = """You can call functions. Each line is one of them, as JSON:

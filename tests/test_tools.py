@@ -296,6 +296,15 @@ def test_calls_that_the_model_decides_on(server, stream):
     assert plain.json()["choices"][0]["message"]["content"] == SCRIPT
 
 
+def test_one_call_of_the_named_function(client):
+    """Catches: the same call over and over, where one function was asked for by its name."""
+    named = {"type": "function", "function": {"name": "g"}}
+    same = {**ASK, "tools": OFFER["tools"], "tool_choice": named}
+    for seed in range(3):
+        choice = client.chat.completions.create(**same, seed=seed).choices[0]
+        assert len(choice.message.tool_calls) == 1 and choice.finish_reason == "tool_calls"
+
+
 def test_a_call_cut_short(client):
     """Catches: half a call told as a whole one."""
     same = {**ASK, **OFFER, "tool_choice": "required", "max_tokens": 20}
