@@ -16,7 +16,7 @@ from serving.tools import Function, Tool
 from structured.grammar import JSON_OPTIONS
 from structured.outputs import StructuredOutput
 
-WHOLE_STRING = re.compile(r'"(?:\\.|[^"\\])*"', re.DOTALL)
+ESCAPE_OR_QUOTE = re.compile(r'\\.|"', re.DOTALL)
 
 
 class WrittenFunction(BaseModel):
@@ -140,6 +140,11 @@ class CallReader:
         self.pending = ""
         """What has come and is not told yet: the beginning of a call, or of what may become one."""
         self.has_called = False
+        self.passed = 0
+        """Characters of the call that have been looked at, once one has begun."""
+        self.in_string = False
+        """Whether they end within a string of its JSON."""
+        self.quote_or_closing = re.compile(f'"|{re.escape(style.closing)}')
 
     def push(self, text: str) -> Said:
         """Take in the next piece; return the words and the calls that are certain by now."""
@@ -194,11 +199,22 @@ class CallReader:
         return True
 
     def _end_of_call(self, text: str) -> int | None:
-        """Return where the first closing mark stands that is in none of the JSON's strings."""
-        end = text.find(self.style.closing)
-        while end >= 0 and '"' in WHOLE_STRING.sub("", text[:end]):
-            end = text.find(self.style.closing, end + 1)
-        return None if end < 0 else end
+        """Return where the first closing mark stands that is in none of the JSON's strings.
+
+        Goes on where the last call of it ended: arguments can be long, and come in small pieces."""
+        closing = self.style.closing
+        while True:
+            pattern = ESCAPE_OR_QUOTE if self.in_string else self.quote_or_closing
+            found = pattern.search(text, self.passed)
+            if found is None:  # the last characters may be part of an escape or of the mark
+                self.passed = max(self.passed, len(text) - len(closing))
+                return None
+            self.passed = found.end()
+            if found[0] == closing:
+                self.passed = 0
+                return found.start()
+            if found[0] == '"':
+                self.in_string = not self.in_string
 
     def _read(self, text: str) -> Call | None:
         """Return the call that a text is, None if it is none."""

@@ -29,6 +29,7 @@ pytest_plugins = ["server_fixtures"]
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 TRICKY = '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> \\" {"}}</tool_call>'
+ESCAPED = '<tool_call>{"name": "add", "arguments": {"a": "\\\\\\"</tool_call>\\\\"}}</tool_call>'
 BROKEN = '<tool_call>{"name": "add", "arguments": }</tool_call>'
 NAMES = {"weather", "add"}
 
@@ -54,6 +55,7 @@ def read(text: str, size: int, style: CallStyle = MARKED, several: bool = True) 
         (f"I look.\n\n{WEATHER}\n{ADD}\n", "I look.", [OSLO, ONE]),
         (f"{ADD} and so", " and so", [ONE]),
         (TRICKY, "", [Call("add", '{"a": "</tool_call> \\" {"}')]),
+        (ESCAPED + ADD, "", [Call("add", '{"a": "\\\\\\"</tool_call>\\\\"}'), ONE]),
         (f"{BROKEN}{ADD}", BROKEN, [ONE]),
         ("a <tool_call>{", "a<tool_call>{", []),
         ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>',) * 2 + ([],),
@@ -65,6 +67,13 @@ def test_calls_in_pieces(size, text, words, calls):
     """Catches: a mark that comes in two pieces and is shown as words, a mark inside an argument
     that ends the call, a call that is none and disappears."""
     assert read(text, size) == Said(words, calls)
+
+
+def test_many_marks_in_an_argument():
+    """Catches: a text that is looked at from its beginning with each piece: it took hours here, and
+    the server's loop with it."""
+    text = '<tool_call>"' + "</tool_call>" * 8000
+    assert read(text, 12) == Said(text, [])
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
