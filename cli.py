@@ -17,6 +17,7 @@ import signal
 import sys
 import textwrap
 import threading
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,15 @@ def run(
     once: JAX loads only when the flags are right. main returns the exit code, None for 0."""
     config = parse(config_class, presets)
     with interrupt_is_quiet(), user_errors():
-        sys.exit(importlib.import_module(program).main(config))
+        sys.exit(load_program(program).main(config))
+
+
+def load_program(name: str) -> types.ModuleType:
+    """Return the module of a program; fail if a package that it needs is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        fail(f"it needs {error.name}, which is not installed: pip install -r requirements.txt")
 
 
 def parse_command(

@@ -108,25 +108,31 @@ class ServedModel:
         params = self._with_calls(body, body.sampling_params(self._room_after(prompt)))
         names = ("messages", body.name_of_limit())
         require_context(len(prompt), params.max_tokens, self.max_model_len, *names)
-        assert self.template is not None, "the prompt was made by it"
-        make_writer = partial(ChatChoiceWriter, call_style=self.template.call_style)
+        make_writer = partial(ChatChoiceWriter, call_style=self._require_template().call_style)
         return await self._generate(make_writer, body, [prompt], params)
 
     def _with_calls(self, body: protocol.ChatRequest, params: SamplingParams) -> SamplingParams:
         """Return the parameters with a form that has calls in it, where the answer has to be a
         call, or may be one instead of the JSON that is asked for."""
-        assert self.template is not None, "the prompt was made by it"
-        style = self.template.call_style
-        several = body.may_call_several()
-        forced = body.forced_tools()
-        if forced:
-            form = form_of_calls(forced, style, several)
-            return dataclasses.replace(params, structured=form)
-        offered = body.offered_tools()
-        if offered and params.structured is not None and params.structured.json is not None:
-            form = form_of_calls(offered, style, several, otherwise=params.structured.json)
-            return dataclasses.replace(params, structured=form)
-        return params
+        tools = body.forced_tools()
+        schema = None
+        if not tools and params.structured is not None:
+            schema = params.structured.json
+            tools = body.offered_tools() if schema is not None else []
+        if not tools:
+            return params
+        style = self._require_template().call_style
+        try:
+            form = form_of_calls(tools, style, body.may_call_several(), otherwise=schema)
+        except UserError as error:
+            raise UserError(str(error), param="tools") from error
+        return dataclasses.replace(params, structured=form)
+
+    def _require_template(self) -> ChatTemplate:
+        """Return the chat template. Raises UserError where there is none."""
+        if self.template is None:
+            raise UserError(NO_CHAT_TEMPLATE, param="messages")
+        return self.template
 
     async def tokenize(self, body: protocol.TokenizeRequest) -> Response:
         """Return the token ids of a text, or of a chat, which may be longer than the model's
@@ -203,13 +209,12 @@ class ServedModel:
 
     async def _encode_chat(self, messages: list[Message], form: ChatForm) -> list[int]:
         """Return the token ids of a chat. Raises UserError where there is no template."""
-        if self.template is None:
-            raise UserError(NO_CHAT_TEMPLATE, param="messages")
+        template = self._require_template()
         for_template = [message.for_template() for message in messages]
         tools = [tool.model_dump(exclude_none=True) for tool in form.offered_tools()]
         size = sum(map(text_length, (for_template, tools)))
         encode = partial(
-            self.template.encode, for_template, form.opens_turn(), form.continues_turn(), tools
+            template.encode, for_template, form.opens_turn(), form.continues_turn(), tools
         )
         return await self._work(encode, size, param="messages")
 

@@ -219,7 +219,7 @@ class CallReader:
     def _read(self, text: str) -> Call | None:
         """Return the call that a text is, None if it is none."""
         try:
-            call: Any = json.loads(text)
+            call: Any = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError):
             return None
         if not isinstance(call, dict):
@@ -228,7 +228,13 @@ class CallReader:
         arguments = call.get(self.style.arguments)
         if not isinstance(name, str) or name not in self.names or not isinstance(arguments, dict):
             return None
-        return Call(name, json.dumps(arguments, ensure_ascii=False))
+        # With escapes: a model may write half a surrogate pair, for which UTF-8 has no bytes.
+        return Call(name, json.dumps(arguments))
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError: Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def length_of_possible_call(text: str, opening: str) -> int:

@@ -28,7 +28,9 @@ class Function(RequestModel):
         None, description="the JSON schema of its arguments, an object; default: it has none"
     )
     strict: bool | None = Field(
-        None, description="calls that tool_choice forces always fit the schema, also without"
+        None,
+        description="calls that tool_choice forces always fit the schema, also without; others "
+        "need not, also with it",
     )
 
     def arguments_schema(self) -> dict[str, Any]:
@@ -112,6 +114,8 @@ class ToolFields(BaseModel):
         """Return the tools that the model is told of. Raises UserError where the fields do not go
         together."""
         tools = self.tools or []
+        for tool in tools:
+            tool.function.arguments_schema()
         names = [tool.function.name for tool in tools]
         require(
             len(set(names)) == len(names),

@@ -410,3 +410,19 @@ def test_pip_install_is_answered_by_a_sentence(monkeypatch):
     for hook in ("get_requires_for_build_wheel", "build_wheel", "build_sdist", "build_editable"):
         with pytest.raises(SystemExit, match="not a package: .*pip install -r requirements.txt"):
             getattr(not_a_package, hook)("directory", config_settings={})
+
+
+def test_a_package_that_is_not_installed_is_one_sentence():
+    """Catches: a traceback where only a part of the requirements is installed."""
+    program = (
+        "import runpy, sys; sys.modules['lm_eval'] = None; "
+        "sys.argv = ['eval_harness.py', '--init_from=gpt2', '--tasks=hellaswag']; "
+        "runpy.run_path('eval_harness.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(
+        "eval_harness.py: it needs lm_eval, which is not"
+    )
+    assert "Traceback" not in ended.stderr

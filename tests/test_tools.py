@@ -56,6 +56,8 @@ def read(text: str, size: int, style: CallStyle = MARKED, several: bool = True) 
         (f"{ADD} and so", " and so", [ONE]),
         (TRICKY, "", [Call("add", '{"a": "</tool_call> \\" {"}')]),
         (ESCAPED + ADD, "", [Call("add", '{"a": "\\\\\\"</tool_call>\\\\"}'), ONE]),
+        (ADD.replace("1", r'"\ud800"'), "", [Call("add", r'{"a": "\ud800"}')]),
+        (ADD.replace("1", "NaN"), ADD.replace("1", "NaN"), []),
         (f"{BROKEN}{ADD}", BROKEN, [ONE]),
         ("a <tool_call>{", "a<tool_call>{", []),
         ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>',) * 2 + ([],),
@@ -65,7 +67,7 @@ def read(text: str, size: int, style: CallStyle = MARKED, several: bool = True) 
 )
 def test_calls_in_pieces(size, text, words, calls):
     """Catches: a mark that comes in two pieces and is shown as words, a mark inside an argument
-    that ends the call, a call that is none and disappears."""
+    that ends the call, a call that is none and disappears, arguments that UTF-8 or JSON lacks."""
     assert read(text, size) == Said(words, calls)
 
 
@@ -255,6 +257,16 @@ DIGIT = {
     "required": ["n"],
     "additionalProperties": False,
 }
+
+
+def nested(levels: int) -> dict:
+    """A schema with so many objects in one another."""
+    schema: dict = {}
+    for _ in range(levels // 2):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 100}
 OFFER = {"tools": [tool("f", DIGIT), tool("g", DIGIT)], "parallel_tool_calls": False}
 
@@ -357,7 +369,7 @@ def test_results_are_put_back(client):
             "tools",
             "compiled",
         ),
-        ({"messages": [{"role": "user"}]}, "messages", "content"),
+        ({"tools": [tool("f", nested(900))]}, "tools", "200 deep"),
     ],
 )
 def test_mistakes(server, fields, param, sentence):
