@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -278,8 +279,8 @@ def best_step(val_losses: dict[int, float | None]) -> int | None:
 def read_run(out_dir: Path, dtype: Dtype | None = None) -> tuple[GPTConfig, dict, dict, int]:
     """Read the best checkpoint of a run, or the latest if none was evaluated.
 
-    Returns the model's config, with `dtype` if that is given; its parameters on the first device,
-    a nested dict (model.Params); the content of meta.json, which describes the tokenizer; and the
+    Returns the model's config, with `dtype` if that is given; its parameters on one device, a
+    nested dict (model.Params); the content of meta.json, which describes the tokenizer; and the
     checkpoint's step. The run may still be training: nothing is made or deleted. Raises UserError
     where out_dir holds no complete checkpoint, or a damaged one."""
     out_dir = Path(out_dir)
@@ -333,8 +334,10 @@ def read_best_params(out_dir: Path) -> tuple[Checkpoint, dict]:
 
 
 def read_params(checkpoint: Checkpoint) -> dict:
-    """Read the parameters of a checkpoint onto the first device, whatever mesh has saved them."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Read the parameters of a checkpoint, whatever mesh has saved them.
+
+    They lie on one device: the default device of JAX if there is one, or the first."""
+    device = jnp.zeros(0).sharding
 
     def on_device(saved: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=device)

@@ -5,6 +5,7 @@ A class says what is allowed of its fields in `__post_init__`; the docstring of 
 first. The presets of train.py are in training/presets.py.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -394,6 +395,10 @@ class EngineConfig(CPUConfig):
     with guesses takes longer, and each that is right saves one."""
     attention: Annotated[str | None, default_is("by device")] = None
     """Implementation of attention over pages: cpu, xla, triton, mosaic_tpu, or reference (slow)."""
+    mesh: Annotated[str | None, default_is("one device")] = None
+    """tensor:N cuts heads, MLP and vocabulary into N equal parts, each on a device of its own, so
+    that a model need not fit on one; tensor:-1 takes all devices. On a CPU devices are simulated,
+    and native code is off."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "page_size", "kv_blocks")
@@ -413,6 +418,18 @@ class EngineConfig(CPUConfig):
                 f"{name}={tokens} must be a positive multiple of page_size={self.page_size}",
                 param=name,
             )
+        require(
+            self.mesh is None or bool(re.fullmatch(r"tensor:(-1|[1-9]\d*)", self.mesh)),
+            f"mesh={self.mesh}: an engine is cut along one axis: tensor:N, or tensor:-1 for all "
+            "devices",
+            param="mesh",
+        )
+        require(
+            self.mesh is None or self.weights is None,
+            f"weights={self.weights} and mesh={self.mesh}: only native code on one CPU has int8 "
+            "weights; leave one of them out",
+            param="weights",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,44 @@
-"""The devices, and how a model in training lies on them.
+"""The devices, and how a model lies on them.
 
 Start with AXES: the ways in which devices can share the work. `--mesh=data:2,fsdp:4` becomes a
 jax.sharding.Mesh with all of these axes (make_mesh, training_mesh), most of them of size 1. SPECS
-says where each parameter lies on it. Layout then runs the blocks over it: as a scan in which XLA
-moves the weights, or, along the axis "layers", as a pipeline (see training/pipeline.py).
+says where each parameter of a model in training lies on it. training/layout.py then runs the blocks
+over it; cut_for_engine and attend_by_heads, below, spread an engine along the axis "tensor".
 
-Mesh axes and PartitionSpecs are named in this file and nowhere else. All axes are of type Auto: XLA
-derives the shardings of what is computed from those of its inputs and from the hints given here.
+Mesh axes and PartitionSpecs are named in this file, and axes in training/layout.py, and nowhere
+else. All axes are of type Auto: XLA derives the shardings of what is computed from those of its
+inputs and from the hints given here.
 
-Shapes: B batch, T tokens, C n_embd, H heads of D, W width of the MLP, L layers, V padded
-vocabulary.
+Shapes: B batch, T tokens, C n_embd, H heads of D, KV heads of keys, W width of the MLP, L layers, V
+padded vocabulary; N pages of P tokens.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jax.sharding import PartitionSpec as P
 
 from config import GPTConfig, TrainConfig
 from errors import require
-from ops import save_activations
-from training.pipeline import pipeline, run_layers
+
+if TYPE_CHECKING:
+    from model import GPT
 
 # Peak dense bfloat16 FLOP/s by jax.Device.device_kind, from the makers' data sheets. MFU is shown
 # where the device is known.
@@ -44,10 +55,6 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 
-# Seconds after which a process that does not answer is given up, and all processes end.
-HEARTBEAT_TIMEOUT = 60
-# FLOPs of a micro-batch below which one more CPU device costs more time than it saves.
-CPU_DEVICE_FLOPS = 500_000_000
 # Simulated CPU devices that XLA compiles for in one process.
 MOST_CPU_DEVICES = 2048
 # Of training, per parameter: itself, its gradient and AdamW's two moments, in float32.
@@ -175,8 +182,8 @@ def planned_mesh(config: TrainConfig) -> Mesh | AbstractMesh:
     """Return the mesh of config.mesh for a run that is only planned.
 
     It lies on the first of the devices there are; where they are too few, on simulated CPU devices
-    (see use_cpu_cores); where these are too few as well, on none at all. Raises UserError as
-    training_mesh does."""
+    (see simulate_cpu_devices); where these are too few as well, on none at all. Raises UserError
+    as training_mesh does."""
     if config.mesh is None:
         return training_mesh(config)
     wanted = jax.device_count() if "-1" in config.mesh else devices_named(config.mesh)
@@ -196,15 +203,20 @@ def require_equal_pieces(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None
     model = config.model
     require_divisible(mesh, "batch_size", config.batch_size, ROWS)
     require_divisible(mesh, "n_layer", model.n_layer, ("layers",))
-    require_divisible(mesh, "n_head", model.n_head, ("tensor",))
-    require_divisible(mesh, "n_kv_head", model.kv_heads, ("tensor",))
-    require_divisible(mesh, "mlp_width", model.mlp_dim, ("tensor",))
+    require_equal_heads(model, mesh)
     require_divisible(mesh, "n_embd", model.n_embd, ("fsdp", "tensor"))
     require_divisible(mesh, "n_embd", model.n_embd, GATHERED)
-    require_divisible(mesh, "the padded vocab_size", model.padded_vocab_size, ("tensor",))
     require_divisible(mesh, "block_size", model.block_size, ("context",))
     chunk = model.block_size // config.loss_chunks
     require_divisible(mesh, "block_size / loss_chunks", chunk, ("context",))
+
+
+def require_equal_heads(model: GPTConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raise UserError for what the axis "tensor" cannot cut into equal pieces."""
+    require_divisible(mesh, "n_head", model.n_head, ("tensor",))
+    require_divisible(mesh, "n_kv_head", model.kv_heads, ("tensor",))
+    require_divisible(mesh, "mlp_width", model.mlp_dim, ("tensor",))
+    require_divisible(mesh, "the padded vocab_size", model.padded_vocab_size, ("tensor",))
 
 
 def require_divisible(
@@ -242,49 +254,10 @@ def devices_named(sizes: str) -> int:
     return math.prod(int(size) for size in re.findall(r":(\d+)", sizes))
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    """Return the largest divisor of n that is at most limit, at least 1."""
-    return max(d for d in range(1, max(1, limit) + 1) if n % d == 0)
-
-
-# --- Processes and simulated devices: both must be settled before JAX looks for devices.
-
-
-def connect(config: TrainConfig) -> int:
-    """Join the other processes of this run, if any, and return how many there are in all.
-
-    config.coordinator_address and its kin say who they are. Without them jax.distributed finds out,
-    where the environment says that there is more than one: in a SLURM step, under Open MPI, on a
-    TPU pod. Must come before any use of JAX."""
-    if config.num_processes is None:
-        processes = processes_in_environment()
-        if processes > 1:
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
-        return processes
-    if config.num_processes > 1:
-        jax.distributed.initialize(
-            coordinator_address=config.coordinator_address,
-            num_processes=config.num_processes,
-            process_id=config.process_id,
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
-    return config.num_processes
-
-
-def processes_in_environment() -> int:
-    """Return how many processes SLURM, Open MPI or a TPU pod has started together with this one."""
-    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    open_mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
-    tpu_pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
-    return max(slurm, open_mpi, tpu_pod)
-
-
-def use_cpu_cores(config: TrainConfig, processes: int = 1) -> None:
-    """Where JAX runs on CPU, have it show as many devices as cpu_device_count says.
+def simulate_cpu_devices(devices: int) -> None:
+    """Where JAX runs on a CPU, have it show so many devices, at least one.
 
     Must come before JAX's first use of a device. Does nothing to other platforms."""
-    devices = max(1, cpu_device_count(config, processes))
     jax.config.update("jax_num_cpu_devices", devices)
     if devices > 1:
         # Devices wait for each other in threads of XLA's pool: if all of them wait, or work of the
@@ -294,19 +267,9 @@ def use_cpu_cores(config: TrainConfig, processes: int = 1) -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def cpu_device_count(config: TrainConfig, processes: int) -> int:
-    """Return how many CPU devices this process should have: as many as config.mesh asks for.
-
-    Without a mesh it is one per core, as long as they divide the batch and each has enough to do:
-    XLA on CPU uses a second core badly on small operations. JAX_NUM_CPU_DEVICES in the environment
-    wins over both."""
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
-        return int(os.environ["JAX_NUM_CPU_DEVICES"])
-    if config.mesh is not None:
-        return min(devices_named(config.mesh) // processes, MOST_CPU_DEVICES)
-    flops = config.model.flops_per_token * config.batch_size * config.model.block_size
-    cores = len(os.sched_getaffinity(0))
-    return largest_divisor(config.batch_size // processes, min(cores, flops // CPU_DEVICE_FLOPS))
+def largest_divisor(n: int, limit: int) -> int:
+    """Return the largest divisor of n that is at most limit, at least 1."""
+    return max(d for d in range(1, max(1, limit) + 1) if n % d == 0)
 
 
 # --- Where arrays lie.
@@ -321,12 +284,14 @@ def partition_spec(path: tuple) -> P:
     """Return how the parameter whose path ends like `path` lies on the mesh.
 
     Its gradient and its moments in the optimizer, whose paths end alike, lie as it does."""
+    spec = spec_of(path)
+    return P("layers", *spec) if ".h." in "." + path_name(path) else spec
+
+
+def spec_of(path: tuple) -> P:
+    """Return the entry of SPECS for a parameter whose path ends like `path`."""
     name = "." + path_name(path)
-    spec = P()
-    for end, spec_of_end in SPECS.items():
-        if name.endswith("." + end):
-            spec = spec_of_end
-    return P("layers", *spec) if ".h." in name else spec
+    return next((spec for end, spec in SPECS.items() if name.endswith("." + end)), P())
 
 
 def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
@@ -385,79 +350,123 @@ def gather(mesh: Mesh | AbstractMesh, weights: Any, qkv_parts: int | None = None
     return jax.tree_util.tree_map_with_path(gather_one, weights)
 
 
-# --- How the blocks run on the mesh.
+# --- An engine on several devices, each of which has a part of the heads, of the MLP and of the
+# vocabulary. A step sums over the devices after attention and after the MLP of each layer and once
+# for the embeddings, and gathers the logits, in which the sampler looks for the largest.
+
+HEADS = P(None, None, "tensor")
+"""How heads lie on the mesh: of queries, (B, T, H, D), and of a pool, (L, N, KV, P, D)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a GPT in training, of config `model`, is spread over `mesh`.
+def prepare_devices(sizes: str | None) -> None:
+    """Make sure that there are as many devices as EngineConfig.mesh names.
 
-    It is what model.OneDevice is for one device."""
+    Where JAX runs on a CPU they are simulated, unless JAX_NUM_CPU_DEVICES is set. Must come before
+    JAX's first use of a device. Raises UserError if there are fewer."""
+    if sizes is None:
+        return
+    wanted = devices_named(sizes)
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        simulate_cpu_devices(wanted)
+    there_are = jax.device_count()
+    require(
+        wanted <= there_are,
+        f"--mesh={sizes} asks for {wanted} devices, but there are {there_are}",
+        param="mesh",
+    )
 
-    mesh: Mesh | AbstractMesh
-    model: GPTConfig
 
-    @property
-    def batch_shards(self) -> tuple[int, int]:
-        """Into how many parts the rows and the positions of a batch are cut."""
-        rows = math.prod(self.mesh.shape[axis] for axis in ROWS)
-        return rows, self.mesh.shape["context"]
+def engine_mesh(sizes: str | None, model: GPTConfig) -> Mesh | None:
+    """Return the mesh of EngineConfig.mesh over the first devices; None for one device.
 
-    @property
-    def width_shards(self) -> int:
-        """Into how many parts heads, the MLP and the vocabulary are cut."""
-        return self.mesh.shape["tensor"]
+    Raises UserError, before anything is allocated, for more devices than there are, and for a model
+    that cannot be cut into equal parts."""
+    if sizes is None:
+        return None
+    takes_all = "-1" in sizes
+    mesh = make_mesh(sizes, None if takes_all else jax.devices()[: devices_named(sizes)])
+    require_equal_heads(model, mesh)
+    return mesh
 
-    def stages(self, rows: int) -> tuple[int, int]:
-        """Return the pipeline's stages, and the micro-batches that `rows` rows go through it in.
 
-        (1, 1) means that there is no pipeline."""
-        stages = self.mesh.shape["layers"]
-        if stages == 1:
-            return 1, 1
-        rows_per_shard = rows // self.batch_shards[0]
-        return stages, stages * largest_divisor(rows_per_shard, MICRO_BATCHES_PER_STAGE)
+def shards_of_heads(mesh: Mesh | None) -> int:
+    """Return into how many parts a mesh cuts the heads of keys, and so the pool."""
+    return 1 if mesh is None else mesh.shape["tensor"]
 
-    def scan(
-        self, f: Callable, carry: tuple, layers: tuple, *, unroll: int = 1
-    ) -> tuple[tuple, None]:
-        """Run the blocks as jax.lax.scan(f, carry, layers) does; along "layers" as a pipeline.
 
-        carry is (x, None, keys) as GPT.blocks makes it, layers its stacked (weights, index)."""
-        x, cache, keys = carry
-        assert cache is None, "there is no cache in training"
-        layer = self.layer_on_mesh(f)
-        stages, micro_batches = self.stages(len(x))
-        if stages == 1:
-            x = run_layers(layer, x, keys, layers, unroll)
-        else:
-            x = pipeline(
-                layer,
-                x,
-                keys,
-                layers,
-                mesh=self.mesh,
-                axis="layers",
-                micro_batches=micro_batches,
-                unroll=unroll,
-            )
-        return (x, cache, keys), None
+def replicated(mesh: Mesh | None) -> Sharding:
+    """Return how what is not cut lies: whole on each device of the mesh, or on the first device."""
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, P())
 
-    def layer_on_mesh(self, f: Callable) -> Callable:
-        """Return layer(x, keys, (weights, index)) -> x, which runs f where the mesh wants it.
 
-        It tells XLA to gather the weights and to leave the rows where they are: without these hints
-        XLA lets the activations follow the weights and sends those through the network instead."""
+def pool_sharding(mesh: Mesh | None) -> Sharding:
+    """Return how a pool lies: each device has all pages of its own heads."""
+    return replicated(None) if mesh is None else NamedSharding(mesh, HEADS)
 
-        qkv_parts = self.model.qkv_parts
 
-        def layer(x: jax.Array, keys: jax.Array | None, weights_and_index: tuple) -> jax.Array:
-            weights, index = weights_and_index
-            (x, _, _), _ = f((x, None, keys), (gather(self.mesh, weights, qkv_parts), index))
-            return constrain(self.mesh, x, ("data", "fsdp"), "context", None)  # (B, T, C)
+def gathered(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Return x, which is whole on every device from here on. Inside jit."""
+    return x if mesh is None else constrain(mesh, x)
 
-        if self.mesh.shape["fsdp"] == 1:
-            return layer
-        # The backward pass gathers the weights again: saved, all layers' would be whole everywhere.
-        policy = None if self.model.remat else save_activations
-        return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+def in_host_memory(is_cut: bool) -> contextlib.AbstractContextManager:
+    """Return a context in which new arrays lie in the host's memory, if a mesh is to cut them.
+
+    A model that is cut need not fit on its first device."""
+    if not is_cut:
+        return contextlib.nullcontext()
+    return jax.default_device(jax.devices("cpu")[0])
+
+
+def cut_for_engine(mesh: Mesh, model: "GPT") -> Any:
+    """Return the parameters of GPT.for_inference, each device's part on that device.
+
+    An equal cut of 3C columns would hold a q here and a v there, so c_attn gets an axis of parts,
+    (C, parts, KV D), and its last axis is cut: Linear takes it as it is."""
+    parts = model.config.qkv_parts
+
+    def place(path: tuple, w: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if name.endswith("attn.c_attn.kernel"):
+            return put(w.reshape(len(w), parts, -1), None, None, "tensor")
+        if name.endswith("attn.c_attn.bias"):
+            return put(w.reshape(parts, -1), None, "tensor")
+        return put(w, *("tensor" if axes == "tensor" else None for axes in spec_of(path)))
+
+    def put(w: jax.Array, *spec: str | None) -> jax.Array:
+        return jax.device_put(w, NamedSharding(mesh, P(*spec)))
+
+    return jax.tree_util.tree_map_with_path(place, model.params())
+
+
+def attend_by_heads(
+    mesh: Mesh, cache: Any, layer: int | jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple:
+    """Do what cache.attend(layer, q, k, v) does, each device for its own heads. Inside jit.
+
+    cache: a PagedKVCache, whose pool lies as pool_sharding says. No number goes from one device to
+    another."""
+    whole = P()
+    specs = dataclasses.replace(
+        cache,
+        k_pages=HEADS,
+        v_pages=HEADS,
+        block_tables=whole,
+        context_lens=whole,
+        new_lens=whole,
+    )
+
+    def attend_here(cache: Any, layer: jax.Array, *q_k_v: jax.Array) -> tuple:
+        y, after = dataclasses.replace(cache, mesh=None).attend(layer, *q_k_v)
+        return y, dataclasses.replace(after, mesh=mesh)
+
+    attend = jax.shard_map(
+        attend_here,
+        mesh=mesh,
+        in_specs=(specs, whole, HEADS, HEADS, HEADS),
+        out_specs=(HEADS, specs),
+        check_vma=False,  # Pallas kernels do not say along which axes their results vary
+    )
+    return attend(cache, jnp.asarray(layer, jnp.int32), q, k, v)

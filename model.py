@@ -216,7 +216,7 @@ class Block(nnx.Module):
 
 
 class OneDevice:
-    """How a GPT is spread over devices: not at all. mesh.Layout is the other layout there is."""
+    """How a GPT is spread over devices: not at all. training/layout.py has the other layout."""
 
     batch_shards = (1, 1)  # into how many parts the rows and the positions of a batch are cut
     scan = staticmethod(jax.lax.scan)  # iterates over the blocks

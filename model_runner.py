@@ -14,16 +14,24 @@ gives a token the same bits in a call of any shape: then there is nothing to pro
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from config import EngineConfig, GPTConfig
 from kernels import cpu_memory
 from kernels.cpu_kernels import choose_packing
-from model import GPT
+from mesh import (
+    cut_for_engine,
+    engine_mesh,
+    in_host_memory,
+    replicated,
+    shards_of_heads,
+)
+from model import GPT, Params
 from paged_attention import (
     PagedKVCache,
     choose_implementation,
@@ -153,10 +161,13 @@ class ModelRunner:
         self.max_guesses = config.speculate
         self.pages_per_seq = -(-model.config.block_size // config.page_size)
         self.padding_slot = step.max_num_seqs  # the last one, which no sequence gets
-        cache = create_cache(model.config, config)
+        self.mesh = engine_mesh(config.mesh, model.config)
+        # Native code computes on one CPU; devices that JAX simulates share it.
+        cpu_kernels = config.cpu_kernels if self.mesh is None else "off"
+        cache = create_cache(model.config, config, cpu_kernels, self.mesh)
         self.num_pages = cache.k_pages.shape[1]
         self.attention = cache.attention
-        self.packing = choose_packing(model.config.dtype, config.weights, config.cpu_kernels)
+        self.packing = choose_packing(model.config.dtype, config.weights, cpu_kernels)
         self.same_bits_in_any_shape = self.packing is not None and same_bits_in_any_shape(
             self.attention
         )
@@ -164,11 +175,9 @@ class ModelRunner:
         # A restored checkpoint is committed to its device, and with it whatever a step returns. All
         # that a step takes is so from the start: what became so after the first step would compile
         # every program again, in the middle of the first request.
-        self.device = jax.devices()[0]
-        unstacked = model.for_inference(packing=self.packing)
-        self.params = jax.device_put(unstacked.params(), self.device)
-        self.pool: Pool = jax.device_put((cache.k_pages, cache.v_pages), self.device)
-        if jax.default_backend() == "cpu":
+        self.params = place_params(model, self.packing, self.mesh)
+        self.pool: Pool = (cache.k_pages, cache.v_pages)
+        if self.mesh is None and jax.default_backend() == "cpu":
             cpu_memory.keep_freed_memory()
             cpu_memory.use_huge_pages(jax.tree.leaves((self.params, self.pool)))
         self.slots = self._empty_slots()
@@ -245,6 +254,7 @@ class ModelRunner:
             config=self.model_config,
             packing=self.packing,
             attention=self.attention,
+            mesh=self.mesh,
             T=tokens,
             max_steps=max_steps,
             speculates=self.max_guesses > 0 and tokens == 1,
@@ -299,7 +309,9 @@ class ModelRunner:
         seq = Sequence(SampleKey(0, 0), [0], SamplingParams(seed=0))
         row = slot_row(seq, self.model_config)
         slots = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.max_num_seqs + 1)), row)
-        return write_some(jax.device_put(slots, self.device), [], self.padding_slot)  # compiles
+        return write_some(
+            jax.device_put(slots, replicated(self.mesh)), [], self.padding_slot
+        )  # compiles
 
     def _choose_sizes(self, progress: bool) -> tuple[list[int], list[int]]:
         """Run every program once, which compiles it. Return the sizes of prefill and decode calls.
@@ -408,15 +420,34 @@ def step_needs(rows: list[Row], samples: list[Sample], tokens: int) -> StepNeeds
     return StepNeeds.of((seq.params for _, seq in samples), scores_prompts)
 
 
-def create_cache(model_config: GPTConfig, config: EngineConfig) -> PagedKVCache:
+def place_params(model: GPT, packing: str | None, mesh: Mesh | None) -> Params:
+    """Return the parameters of model.for_inference on the devices that compute with them."""
+    with in_host_memory(mesh is not None):
+        unstacked = model.for_inference(packing=packing)
+    if mesh is None:
+        return jax.device_put(unstacked.params(), replicated(None))
+    return cut_for_engine(mesh, unstacked)
+
+
+def create_cache(
+    model_config: GPTConfig,
+    config: EngineConfig,
+    cpu_kernels: Literal["auto", "off"],
+    mesh: Mesh | None,
+) -> PagedKVCache:
     """Return an empty pool of config.kv_blocks pages, or as many as fit config.kv_cache_memory."""
     page_size = config.page_size
     dtype = config.kv_dtype or model_config.dtype
-    attention = choose_implementation(config.attention, config.cpu_kernels)
+    attention = choose_implementation(config.attention, cpu_kernels)
     num_pages = config.kv_blocks or num_pages_for(
-        model_config, page_size, dtype, config.kv_cache_memory, attention
+        model_config,
+        page_size,
+        dtype,
+        config.kv_cache_memory,
+        attention,
+        shards_of_heads(mesh),
     )
-    return PagedKVCache.create(model_config, num_pages, page_size, dtype, attention)
+    return PagedKVCache.create(model_config, num_pages, page_size, dtype, attention, mesh)
 
 
 def descending_sizes(largest: int, choices: tuple[int, ...]) -> list[int]:

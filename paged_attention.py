@@ -26,6 +26,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import Mesh
 
 from config import GPTConfig
 from errors import require
@@ -33,11 +34,12 @@ from kernels import cpu_kernels
 from kernels.pallas import TPU_LANES, mosaic_tpu, triton
 from kernels.softmax_sums import dot
 from kernels.xla_attention import pool_dtype, to_dtype, to_float32, xla
+from mesh import attend_by_heads, pool_sharding, shards_of_heads
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    meta_fields=["attention"],
+    meta_fields=["attention", "mesh"],
     data_fields=["k_pages", "v_pages", "block_tables", "context_lens", "new_lens"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class PagedKVCache:
     """(B,) int32, how many of this call's T tokens are real; 0 for a padding row"""
     attention: str
     """implementation: NATIVE or a key of IMPLEMENTATIONS"""
+    mesh: Mesh | None = None
+    """the devices that share the heads; None for one device"""
 
     @classmethod
     def create(
@@ -68,8 +72,9 @@ class PagedKVCache:
         page_size: int,
         dtype: str = "float32",
         attention: str | None = None,
+        mesh: Mesh | None = None,
     ) -> "PagedKVCache":
-        """Return an empty pool for a GPT, with a batch of no rows.
+        """Return an empty pool for a GPT, with a batch of no rows, shared by the devices of a mesh.
 
         `attention` and `dtype` are as choose_implementation and pool_dtype say. Raises UserError
         for an unknown implementation or too few pages."""
@@ -80,15 +85,16 @@ class PagedKVCache:
             "kv_blocks",
         )
         stored = pool_dtype(dtype)
-        shape = pool_shape(config, num_pages, page_size, attention)
+        shape = pool_shape(config, num_pages, page_size, attention, shards_of_heads(mesh))
         none = jnp.zeros(0, jnp.int32)
         return cls(
-            k_pages=jnp.zeros(shape, stored),
-            v_pages=jnp.zeros(shape, stored),
+            k_pages=jnp.zeros(shape, stored, device=pool_sharding(mesh)),
+            v_pages=jnp.zeros(shape, stored, device=pool_sharding(mesh)),
             block_tables=none[None],
             context_lens=none,
             new_lens=none,
             attention=attention,
+            mesh=mesh,
         )
 
     @property
@@ -109,6 +115,8 @@ class PagedKVCache:
 
         q (B, T, H, D); k, v (B, T, KV, D). Returns y (B, T, H, D) float32, zero for padding tokens,
         and the cache."""
+        if self.mesh is not None:
+            return attend_by_heads(self.mesh, self, layer, q, k, v)
         B, T, KV, D = k.shape
         if self.attention == NATIVE:
             return self._attend_natively(layer, q, k, v)
@@ -175,30 +183,38 @@ def write(pages: jax.Array, slots: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def pool_shape(
-    config: GPTConfig, num_pages: int, page_size: int, attention: str
+    config: GPTConfig, num_pages: int, page_size: int, attention: str, shards: int = 1
 ) -> tuple[int, ...]:
     """Return the shape (L, N, KV, P, D) of the keys' or the values' pool.
+
+    Of a pool that so many devices share, equal parts of the axis KV are each as one of its own.
 
     A TPU lays the last axis out in lanes of 128, so there `128 // D` heads lie side by side in
     one: narrower rows would be stored padded, or the whole pool be copied at each call of the
     kernel."""
-    KV = config.kv_heads
+    KV = config.kv_heads // shards
     D = config.head_dim
     if attention == "mosaic_tpu":
         side_by_side = max(1, TPU_LANES // D)
         KV = pl.cdiv(KV, side_by_side)
         D = pl.cdiv(side_by_side * D, TPU_LANES) * TPU_LANES
-    return config.n_layer, num_pages, KV, page_size, D
+    return config.n_layer, num_pages, shards * KV, page_size, D
 
 
 def num_pages_for(
-    config: GPTConfig, page_size: int, dtype: str, budget: int, attention: str | None = None
+    config: GPTConfig,
+    page_size: int,
+    dtype: str,
+    budget: int,
+    attention: str | None = None,
+    shards: int = 1,
 ) -> int:
     """Return how many pages of keys and values in every layer fit into `budget` bytes.
 
-    The null page is counted. Raises UserError if the budget holds fewer than 2."""
-    shape = pool_shape(config, 1, page_size, choose_implementation(attention))
-    page_bytes = 2 * math.prod(shape) * jnp.dtype(dtype).itemsize  # keys and values
+    The budget is that of each of `shards` devices, which share the heads of every page. The null
+    page is counted. Raises UserError if the budget holds fewer than 2."""
+    shape = pool_shape(config, 1, page_size, choose_implementation(attention), shards)
+    page_bytes = 2 * math.prod(shape) * jnp.dtype(dtype).itemsize // shards  # keys and values
     num_pages = budget // page_bytes
     require(
         num_pages >= 2,

@@ -258,7 +258,7 @@ def main(config: ServeConfig) -> None:
     config = dataclasses.replace(config, api_key=api_key)
     listener = hold_port(config.host, config.port)
     log.info("loading %s", config.model_name)
-    model, tokenizer, _ = open_model(config)
+    model, tokenizer, _ = open_model(config, config.engine.mesh)
     # A bar of what is compiled is for people only.
     show_progress = wants_text(config.log_format) and sys.stderr.isatty()
     make_engine = partial(start_engine, model, tokenizer, config.engine, show_progress)

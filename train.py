@@ -35,10 +35,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from errors import UserError, require
-from mesh import PEAK_FLOPS, connect, describe, put_batch
+from mesh import PEAK_FLOPS, describe, put_batch
 from model import Params
 from training import dry_run
 from training.checkpoints import Checkpoints
+from training.processes import connect
 from training.run_lock import RunLock
 from training.run_log import Log, require_packages, silence_orbax
 from training.run_start import start_evaluation, start_run

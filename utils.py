@@ -21,8 +21,9 @@ import tokenizer
 from checkpoints import read_run
 from config import Dtype, ModelConfig, TrainConfig
 from errors import about_file, require
-from mesh import Layout, gather, make_mesh, path_name, shardings
+from mesh import gather, in_host_memory, make_mesh, path_name, prepare_devices, shardings
 from model import GPT, Params, gpt_graphdef
+from training.layout import Layout
 
 # Root mean square that Muon's updates are scaled to: about that of AdamW's (Liu et al. 2025).
 MUON_RMS = 0.2
@@ -57,7 +58,7 @@ class TrainState:
     def model(self) -> GPT:
         """The model to train with, inside jit.
 
-        The weights outside of the blocks are gathered here, those of a block in mesh.Layout."""
+        The weights outside of the blocks are gathered here, those of a block in Layout."""
         outer = {name: p for name, p in self.params.items() if name != "h"}
         return nnx.merge(self.graphdef, {**self.params, **gather(self.mesh, outer)})
 
@@ -200,10 +201,20 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def open_model(config: ModelConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
+def open_model(
+    config: ModelConfig, mesh: str | None = None
+) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """Return the model that config.out_dir or config.init_from names, its tokenizer and its name.
 
-    The model computes in config.dtype, if that is given. Raises UserError."""
+    The model computes in config.dtype, if that is given. mesh: EngineConfig.mesh of the engine that
+    will run it; such a model stays in the host's memory until it is cut. Raises UserError."""
+    prepare_devices(mesh)
+    with in_host_memory(mesh is not None):
+        return read_model(config)
+
+
+def read_model(config: ModelConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
+    """Do what open_model says, where JAX puts new arrays by default."""
     if config.out_dir is not None:
         model, text_tokenizer, step = load_model(config.out_dir, config.dtype)
         return model, text_tokenizer, f"step {step} of {config.out_dir}"

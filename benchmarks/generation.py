@@ -170,10 +170,12 @@ class EngineGeneration(Contender):
         from flax import nnx
 
         from engine import Engine
+        from mesh import prepare_devices
         from model import GPT
 
         self.config = config
         self.requests = requests
+        prepare_devices(config.engine.mesh)
         model = GPT(config.model, rngs=nnx.Rngs(0))
         self.engine = Engine(model, None, config.engine, progress=False)
         self.steps: list[StepFigures] = []

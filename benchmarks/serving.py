@@ -242,7 +242,9 @@ class EngineAlone(Contender):
         from utils import open_model
 
         self.config = config
-        model, tokenizer, _ = open_model(ModelConfig(config.out_dir, config.init_from))
+        model, tokenizer, _ = open_model(
+            ModelConfig(config.out_dir, config.init_from), config.engine.mesh
+        )
         self.engine = Engine(model, tokenizer, config.engine, progress=False)
 
     def run(self, n: int) -> None:

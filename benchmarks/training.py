@@ -74,8 +74,9 @@ class OursTraining(Contender):
     def __init__(self, config: TrainConfig, tokens: Path):
         """tokens: a file of token ids, uint16."""
         import train
-        from mesh import training_mesh, use_cpu_cores, whole_sequences
+        from mesh import training_mesh, whole_sequences
         from ops import choose_attention
+        from training.processes import use_cpu_cores
         from utils import TrainState
 
         use_cpu_cores(config)

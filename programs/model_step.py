@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from config import GPTConfig
 from kernels import cpu_kernels
+from mesh import gathered
 from model import GPT, Params
 from paged_attention import PagedKVCache
 from sampling import Slots, StepNeeds, sample_tokens
@@ -51,7 +53,7 @@ class Sampled(NamedTuple):
 
 @partial(
     jax.jit,
-    static_argnames=("config", "packing", "attention", "T", "max_steps", "speculates"),
+    static_argnames=("config", "packing", "attention", "mesh", "T", "max_steps", "speculates"),
     donate_argnames=("pool", "slots"),
 )
 def model_step(
@@ -65,6 +67,7 @@ def model_step(
     config: GPTConfig,
     packing: str | None,
     attention: str,
+    mesh: Mesh | None,
     T: int,
     max_steps: int = 1,
     speculates: bool = False,
@@ -74,6 +77,7 @@ def model_step(
     rows (R, 4 + M) int32: slot, tokens in the pages, new tokens (0 for a padding row), guess, page
     table; the tokens are read from the slots. samples (S, 2) int32: row after whose last new token
     to sample, and slot that gets the sample as its next token. packing: that of for_inference.
+    mesh: the devices that share params and pool, None for one.
 
     With max_steps N > 1, T is 1, and a row's new tokens are those of as many steps: each but the
     first is what the step before has sampled. The call takes as many steps as the row that has most
@@ -85,7 +89,7 @@ def model_step(
     if speculates:
         slots = write_guesses(slots, rows)
     model = nnx.merge(inference_graphdef(config, packing), params)
-    one_step = partial(advance, model, needs, attention, packing is not None, T)
+    one_step = partial(advance, model, needs, attention, mesh, packing is not None, T)
     if max_steps == 1:
         pool, slots, sampled = one_step(pool, slots, rows, samples)
         token, scores = jax.tree.map(lambda a: a[None], (sampled.token, sampled.scores))
@@ -137,6 +141,7 @@ def advance(
     model: GPT,
     needs: StepNeeds,
     attention: str,
+    mesh: Mesh | None,
     is_native: bool,
     T: int,
     pool: Pool,
@@ -146,20 +151,20 @@ def advance(
 ) -> tuple[Pool, Slots, Sampled]:
     """Do one step of model_step. Its Sampled has no axis of steps."""
     slot, context_len, new_len = rows[:, SLOT], rows[:, CONTEXT_LEN], rows[:, NEW_LEN]
-    cache: Any = PagedKVCache(*pool, rows[:, PAGE_TABLE:], context_len, new_len, attention)
+    cache: Any = PagedKVCache(*pool, rows[:, PAGE_TABLE:], context_len, new_len, attention, mesh)
     position = context_len[:, None] + jnp.arange(T)  # (R, T)
     x, cache = model.hidden(slots.tokens[slot[:, None], position], cache)  # (R, T, C)
 
     row, sample_slot = samples[:, 0], samples[:, 1]
     last = x[row, jnp.maximum(new_len[row], 1) - 1]  # (S, C)
     sample_position = context_len[row] + new_len[row]  # (S,)
-    logits = model.logits(last[:, None])[:, 0]  # (S, V)
+    logits = gathered(mesh, model.logits(last[:, None]))[:, 0]  # (S, V)
     token = sample_tokens(logits, slots, sample_slot, sample_position, needs, is_native)
     scores = score_samples(logits, token, needs, is_native)
     prompt_scores = None
     if T > 1:
         next_token = slots.tokens[rows[:, :1], position + 1]
-        score = partial(score_prompts, model, is_native)
+        score = partial(score_prompts, model, mesh, is_native)
         prompt_scores = compute_if(needs.prompt_logprobs, score, x, next_token)
     tokens = slots.tokens.at[sample_slot, sample_position].set(token)
     slots = dataclasses.replace(slots, tokens=tokens)
@@ -175,14 +180,16 @@ def score_samples(logits: jax.Array, token: jax.Array, needs: StepNeeds, is_nati
     return Scores(logprob, rank, *compute_if(needs.top_logprobs, likeliest, logits, normalizer))
 
 
-def score_prompts(model: GPT, is_native: bool, x: jax.Array, next_token: jax.Array) -> Scores:
+def score_prompts(
+    model: GPT, mesh: Mesh | None, is_native: bool, x: jax.Array, next_token: jax.Array
+) -> Scores:
     """x (R, T, C), next_token (R, T) -> Scores (R, T, ...) of these tokens, and of the likeliest.
 
     Tile by tile, so that logits exist for one page of tokens at a time."""
 
     def score_tile(x_and_token: tuple[jax.Array, jax.Array]) -> Scores:
         x, token = x_and_token
-        logits = model.logits(x[None])[0]  # (T, V)
+        logits = gathered(mesh, model.logits(x[None]))[0]  # (T, V)
         normalizer = log_normalizer(logits, is_native)
         logprob = logprob_of(token, logits, normalizer)
         return Scores(logprob, rank_of(token, logits), *likeliest(logits, normalizer))

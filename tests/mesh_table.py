@@ -28,9 +28,10 @@ import jax
 import numpy as np
 
 from config import GPTConfig, TrainConfig
-from mesh import Layout, batch_sharding, make_mesh, put_batch
+from mesh import batch_sharding, make_mesh, put_batch
 from train import train_step
 from training.dry_run import collective_ops, matmul_flops, shard_bytes
+from training.layout import Layout
 from training.presets import TRAIN_PRESETS
 from utils import TrainState
 

@@ -24,6 +24,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import CPUConfig, EngineConfig, GPTConfig
 from engine import Engine
+from mesh import prepare_devices
 from model import GPT
 from sequence import Logprobs, SamplingParams
 
@@ -69,6 +70,7 @@ class Setting(NamedTuple):
     num_scheduler_steps: int
     progress: bool
     cpu: CPUConfig
+    mesh: str | None = None
 
     def engine(self, num_pages: int, chunk_size: int | None = None, speculate: int = 0) -> Engine:
         """Return an engine with a pool of so many pages."""
@@ -80,6 +82,7 @@ class Setting(NamedTuple):
             chunk_size=chunk_size,
             num_scheduler_steps=self.num_scheduler_steps,
             speculate=speculate,
+            mesh=self.mesh,
             **dataclasses.asdict(self.cpu),
         )
         return Engine(self.model, None, config, progress=self.progress)
@@ -148,10 +151,11 @@ def compare(
     speculate: tuple[int, ...] = (),
     progress: bool = True,
     cpu: CPUConfig = DEFAULT_CPU,
+    mesh: str | None = None,
 ) -> Iterator[Way]:
     """Yield one Way after the other of running n requests."""
     setting = Setting(
-        model, max_num_seqs, page_size, prefill_tokens, num_scheduler_steps, progress, cpu
+        model, max_num_seqs, page_size, prefill_tokens, num_scheduler_steps, progress, cpu, mesh
     )
     size = model.config.block_size
     requests = make_requests(n, model.config.vocab_size, size, page_size)
@@ -226,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cpu_kernels", choices=("auto", "off"), default="auto")
     parser.add_argument("--num_scheduler_steps", type=int, default=1)
     parser.add_argument("--speculate", type=int, nargs="*", default=())
+    parser.add_argument("--mesh")
     return parser.parse_args()
 
 
@@ -240,6 +245,7 @@ def main() -> None:
         n_embd=args.n_embd,
         dtype=args.dtype,
     )
+    prepare_devices(args.mesh)
     model = GPT(config, rngs=nnx.Rngs(0))
     wrong = 0
     cpu = CPUConfig(args.cpu_kernels, args.weights)
@@ -250,6 +256,7 @@ def main() -> None:
         num_scheduler_steps=args.num_scheduler_steps,
         speculate=tuple(args.speculate),
         cpu=cpu,
+        mesh=args.mesh,
     )
     for way in ways:
         wrong += not way.as_it_must_be

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesh import processes_in_environment
 from ops import flash_attention, save_activations
+from training.processes import processes_in_environment
 
 pytestmark = pytest.mark.slow
 
@@ -53,16 +53,17 @@ FLAGS = [
 ]
 
 
-def test_on_eight_devices():
-    """Runs on_eight_devices.py; its own report is shown if a test of it fails."""
-    environment = {  # see mesh.use_cpu_cores
+@pytest.mark.parametrize("file", ["on_eight_devices.py", "engine_on_eight_devices.py"])
+def test_on_eight_devices(file):
+    """Runs the file; its own report is shown if a test of it fails."""
+    environment = {  # see mesh.simulate_cpu_devices
         **FAST,
         "JAX_NUM_CPU_DEVICES": "8",
         "NPROC": "16",
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/on_eight_devices.py"],
+        [sys.executable, "-m", "pytest", "-q", f"tests/{file}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

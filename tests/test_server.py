@@ -25,6 +25,7 @@ import yaml
 import cli
 import server as server_program
 from errors import UserError
+from model import GPT
 from running_server import COMPILING, DEADLINE, TOKENIZER, Running
 from serving.config import ServeConfig
 from serving.log import JSONLines, RequestLog, TextLines, log_request, wants_text
@@ -97,9 +98,9 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def server_process(model_dir: Path, port: int) -> Iterator[tuple[ServerProcess, str]]:
+def server_process(model_dir: Path, port: int, *flags: str) -> Iterator[tuple[ServerProcess, str]]:
     """A healthy server.py that logs to a pipe, and its URL."""
-    server = ServerProcess(f"--init_from={model_dir}", f"--port={port}")
+    server = ServerProcess(f"--init_from={model_dir}", f"--port={port}", *flags)
     server.collect(server.process.stderr)
     try:
         url = json.loads(server.line_with("serving"))["url"]
@@ -179,6 +180,33 @@ def test_mistake_that_the_engine_finds_at_the_start(tiny_model, monkeypatch, cap
     error = Running(tiny_model).ended()
     assert isinstance(error, UserError)
     assert not caplog.records
+
+
+def test_a_model_cut_over_two_devices(model_dir):
+    """Catches devices that are not there because JAX was used before they were asked for, and
+    another answer than one device's."""
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 12, "temperature": 0}
+    headers = {"Authorization": "Bearer hidden-key"}
+    with server_process(model_dir, 0, "--mesh=tensor:2") as (_, url):
+        answer = requests.post(f"{url}/v1/completions", json=body, headers=headers).json()
+    prompt = TOKENIZER.encode("Hello")
+    [whole] = GPT.from_pretrained(model_dir).generate([prompt], 12, temperature=0)
+    assert answer["choices"][0]["text"] == TOKENIZER.decode(whole[len(prompt) :])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        ("tensor:3", "n_head=2 must be divisible by 3, the mesh's tensor:3"),
+        ("data:2", "mesh=data:2: an engine is cut along one axis: tensor:N"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(model_dir, mesh, sentence):
+    """Catches a traceback, an exit code of 0, and a model cut into unequal parts."""
+    flags = command(f"--init_from={model_dir}", "--port=0", f"--mesh={mesh}")
+    ended = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, timeout=COMPILING)
+    assert ended.returncode == 2
+    assert sentence in ended.stderr.splitlines()[-1]
 
 
 # What its log says.

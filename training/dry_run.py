@@ -20,8 +20,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 import pretrained
 from config import GPTConfig, TrainConfig
-from mesh import Layout, batch_sharding, describe, planned_mesh, use_cpu_cores
+from mesh import batch_sharding, describe, planned_mesh
 from ops import ACTIVATIONS, kept_dtype
+from training.layout import Layout
+from training.processes import use_cpu_cores
 from training.token_files import read_meta
 from utils import TrainState
 

@@ -19,10 +19,11 @@ from checkpoints import Checkpoint, checkpoints_in, read_description
 from config import GPTConfig, TrainConfig
 from errors import UserError, require
 from formats.checksums import read_sealed, seal
-from mesh import training_mesh, use_cpu_cores, whole_sequences
+from mesh import training_mesh, whole_sequences
 from model import Params
 from ops import choose_attention
 from training.checkpoints import Checkpoints, read_state
+from training.processes import use_cpu_cores
 from training.run_lock import RunLock
 from utils import TrainState, write_atomically
 
