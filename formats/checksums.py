@@ -132,7 +132,7 @@ class Record:
     """Validation loss at this step, if it was measured. The lowest is the best."""
     arrays: dict[str, SavedArray]
     """All arrays of the checkpoint, by named_leaves' names."""
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: int
     """How many of the latest updates were skipped: a run that goes on counts from there."""
 
     @classmethod

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from serving.tools import Function, Tool
 from structured.grammar import JSON_OPTIONS
 from structured.outputs import StructuredOutput
+from structured.schemas import closed
 
 ESCAPE_OR_QUOTE = re.compile(r'\\.|"', re.DOTALL)
 
@@ -118,7 +119,7 @@ def form_of_calls(
 def rules_of_function(number: int, function: Function, style: CallStyle) -> list[str]:
     """Return the rules of a grammar for the JSON of a call of this function."""
     before = f'{{"name": "{function.name}", "{style.arguments}": '
-    schema = function.arguments_schema() | {"x-guidance": JSON_OPTIONS}
+    schema = closed(function.arguments_schema()) | {"x-guidance": JSON_OPTIONS}
     return [
         f'function_{number}: {json.dumps(before)} arguments_{number} "}}"',
         f"arguments_{number}: %json {json.dumps(schema, ensure_ascii=False)}",

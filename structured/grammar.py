@@ -15,6 +15,7 @@ import numpy as np
 
 from errors import UserError, require
 from structured.outputs import MAX_NESTING, StructuredOutput, nesting_of
+from structured.schemas import closed
 from tokenizer import Tokenizer
 
 WORD_BITS = 32
@@ -201,7 +202,8 @@ class Compiler:
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
             return matcher.grammar_from_lark(f"start: {texts}")
         assert form.json is not None
-        return matcher.grammar_from_json_schema(form.json, overrides=JSON_OPTIONS)
+        schema = json.dumps(closed(parse_schema(form.json)), ensure_ascii=False)
+        return matcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
 
     def _require_spelling(self, form: StructuredOutput) -> None:
         """Raise UserError unless the vocabulary has the characters of what must be written."""

@@ -19,7 +19,7 @@ from config import GPTConfig, TrainConfig
 from errors import UserError
 from formats.checksums import checksums, read_sealed, seal
 from tokenizer import CharTokenizer
-from training.checkpoints import Checkpoints, read_state
+from training.checkpoints import Checkpoints, free_name, read_state
 from utils import TrainState
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,15 @@ def copy(run_dir, tmp_path) -> Path:
 
 
 # What is kept
+
+
+def test_what_a_killed_save_has_left_is_cleared_away(copy):
+    """Catches directories of unfinished saves that pile up, each as large as a checkpoint."""
+    left_over = copy / "checkpoints" / "40.orbax-checkpoint-tmp"
+    left_over.mkdir()
+    Checkpoints(copy).close()
+    assert not left_over.exists()
+    assert steps_kept(copy) == sorted(LOSSES)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +288,16 @@ def test_any_change_of_an_array_changes_its_checksum():
     assert checksums([jnp.int32(0), jnp.int32(1)])[0] != checksums([jnp.int32(1)])[0]
 
 
+def test_checksums_stay_what_they_were():
+    """Catches another checksum than that of runs that exist: all of them would be damaged."""
+    array = jnp.arange(12, dtype=jnp.float32).reshape(3, 4) / 7
+    assert checksums([array, jnp.bfloat16(array), jnp.int32(5)]) == [
+        "2f8bcaf322626ac7",
+        "0d9508260c6f8578",
+        "cc0d53cdf3020d76",
+    ]
+
+
 def test_a_sealed_file_is_refused_if_anything_in_it_changes(tmp_path):
     """Catches a digest of a part of the content, and a file without a seal where one must be."""
     path = tmp_path / "x.json"
@@ -416,3 +435,13 @@ def test_damage_ends_in_the_older_checkpoint_or_in_a_sentence(run_dir, tmp_path,
         shutil.rmtree(out_dir)
     print(outcomes)
     assert len(outcomes) >= 4, outcomes  # resumed at 30 or 20, used or refused: all of them occur
+
+
+def test_names_of_what_is_set_aside(tmp_path):
+    """Catches a name that is taken: what was set aside earlier would be in the way, or lost."""
+    names = []
+    for _ in range(4):
+        path = free_name(tmp_path / "10")
+        path.mkdir()
+        names.append(path.name)
+    assert names == ["10", "10-2", "10-3", "10-4"]

@@ -379,6 +379,13 @@ def test_a_failed_swap_puts_the_old_data_set_back(error, tmp_path, monkeypatch):
     assert (out / "meta.json").read_text() == "out"
 
 
+def test_a_first_data_set_that_cannot_be_moved_says_why(tmp_path):
+    """Catches the failure hidden by another one, in putting back what was never there."""
+    with pytest.raises(FileNotFoundError) as caught:
+        prepare.replace(tmp_path / "out", tmp_path / "new", tmp_path / "old")
+    assert caught.value.filename == str(tmp_path / "new")
+
+
 # Downloads
 
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 2000

@@ -98,6 +98,14 @@ def check_choice(choice, out):
         assert {1, 2} <= {other["rank"] for other in top.values()}
 
 
+def test_prompt_logprobs_without_alternatives(server):
+    """Catches an alternative beside the prompt's own token where none was asked for."""
+    choice = server.complete(prompt="a€b", max_tokens=1, prompt_logprobs=0)["choices"][0]
+    assert choice["prompt_logprobs"][0] is None
+    tokens = [list(entry) for entry in choice["prompt_logprobs"][1:]]
+    assert tokens == [[str(token)] for token in TOKENIZER.encode("a€b")[1:]]
+
+
 def test_logprob_lists(server):
     """Catches: offsets that count bytes, and tokens without a text of their own."""
     choice = server.complete(prompt="a€b", max_tokens=2, echo=True, logprobs=0)["choices"][0]

@@ -172,5 +172,7 @@ def test_speculation_and_several_steps_exclude_one_another():
     """Catches one of two flags that is silently ignored."""
     with pytest.raises(UserError, match="speculate=2 and num_scheduler_steps=4"):
         EngineConfig(speculate=2, num_scheduler_steps=4)
+    assert EngineConfig(speculate=2, num_scheduler_steps=1).speculate == 2
+    assert EngineConfig(speculate=2).num_scheduler_steps is None
     with pytest.raises(UserError, match="speculate=-1"):
         EngineConfig(speculate=-1)

@@ -107,6 +107,37 @@ def test_preempted(engine):
     assert all(re.fullmatch("(ab|cd|ef){35}", sample[2]) for [sample] in got)
 
 
+NUMBER = {"type": "integer"}
+NAMED = {"type": "object", "properties": {"a": NUMBER}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "fits"),
+    [
+        (NAMED, '{"a":1}', True),
+        (NAMED, '{"b":1}', False),
+        (NAMED | {"additionalProperties": True}, '{"b":1}', True),
+        (NAMED | {"required": ["b"]}, '{"b":1}', True),
+        (NAMED | {"patternProperties": {"^b$": NUMBER}}, '{"b":1}', True),
+        ({"type": "object", "properties": {"o": NAMED}}, '{"o":{"b":1}}', False),
+        ({"type": "object", "properties": {"allOf": NAMED}}, '{"allOf":{"b":1}}', False),
+        ({"$ref": "#/$defs/o", "$defs": {"o": NAMED}}, '{"b":1}', False),
+        ({"items": NAMED, "type": "array"}, '[{"b":1}]', False),
+        ({"anyOf": [NAMED, {"type": "null"}]}, '{"b":1}', False),
+        ({"allOf": [NAMED, {"properties": {"b": NUMBER}}]}, '{"a":1,"b":1}', True),
+        (NAMED | {"anyOf": [{"properties": {"b": NUMBER}}]}, '{"a":1,"b":1}', True),
+        ({"enum": [{"properties": {}, "b": 1}]}, '{"properties":{},"b":1}', True),
+        ({"type": "object"}, '{"b":1}', True),
+    ],
+)
+def test_objects_have_the_properties_that_are_named(schema, text, fits):
+    """Catches objects to which a model adds properties without an end, and schemas that say what
+    else may come and are closed nevertheless."""
+    matcher = matcher_for(StructuredOutput.of_schema(schema), TOKENIZER)
+    accepted = matcher.state.validate_tokens(TOKENIZER.encode(text)) == len(text)
+    assert accepted == fits
+
+
 HOSTILE = {
     "exponential": StructuredOutput.of_schema(
         {

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import model
 import ops
@@ -26,6 +27,7 @@ from cli import parse
 from config import GPTConfig, SampleConfig, TrainConfig
 from errors import UserError
 from mesh import make_abstract_mesh, make_mesh
+from model import GPT
 from tiny_training import CHARS, META, TINY, VAL_TOKENS, VOCAB_SIZE
 from tokenizer import CharTokenizer
 from training import run_start
@@ -368,6 +370,15 @@ def test_dtype_changes_what_is_computed(out_dir):
     assert (logits[None] == logits["float32"]).all()
     rounding = np.abs(logits["bfloat16"] - logits["float32"]).max()
     assert 0 < rounding < 0.1 * np.abs(logits["float32"]).max()
+
+
+def test_dtype_of_a_model_of_others(tmp_path):
+    """Catches --dtype that is ignored for a Hugging Face directory, or asked for by default."""
+    config = GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8)
+    GPT(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path, CharTokenizer("abc"))
+    for dtype in (None, "float32", "bfloat16"):
+        opened, _, _ = open_model(SampleConfig(init_from=str(tmp_path), dtype=dtype))
+        assert opened.config.dtype == (dtype or "float32")
 
 
 def test_top_p_reaches_the_sampler(out_dir, capsys):
