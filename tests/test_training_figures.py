@@ -375,9 +375,9 @@ def test_dtype_changes_what_is_computed(out_dir):
 def test_dtype_of_a_model_of_others(tmp_path):
     """Catches --dtype that is ignored for a Hugging Face directory, or asked for by default."""
     config = GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8)
-    GPT(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path, CharTokenizer("abc"))
+    GPT(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "hf", CharTokenizer("abc"))
     for dtype in (None, "float32", "bfloat16"):
-        opened, _, _ = open_model(SampleConfig(init_from=str(tmp_path), dtype=dtype))
+        opened, _, _ = open_model(SampleConfig(init_from=str(tmp_path / "hf"), dtype=dtype))
         assert opened.config.dtype == (dtype or "float32")
 
 
