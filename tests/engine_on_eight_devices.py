@@ -109,10 +109,11 @@ def test_answers_as_one_device(mesh, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_device_has_its_part(name):
-    """Catches a weight or a pool that is whole on every device."""
+    """Catches a weight or a pool that is whole on every device, be it only before the first step."""
     engine = engine_on("tensor:4", name)
     kv_heads = engine.model_config.kv_heads
-    for pages in engine.runner.pool:
+    empty = PagedKVCache.create(engine.model_config, 9, 4, attention="xla", mesh=engine.runner.mesh)
+    for pages in (empty.k_pages, empty.v_pages, *engine.runner.pool):
         assert {shard.data.shape[2] for shard in pages.addressable_shards} == {kv_heads // 4}
     paths, _ = jax.tree_util.tree_flatten_with_path(engine.runner.params)
     whole = [
