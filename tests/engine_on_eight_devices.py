@@ -109,7 +109,7 @@ def test_answers_as_one_device(mesh, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_device_has_its_part(name):
-    """Catches a weight or a pool that is whole on every device, be it only before the first step."""
+    """Catches a weight or a pool that is whole on every device, if only before the first step."""
     engine = engine_on("tensor:4", name)
     kv_heads = engine.model_config.kv_heads
     empty = PagedKVCache.create(engine.model_config, 9, 4, attention="xla", mesh=engine.runner.mesh)
