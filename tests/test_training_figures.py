@@ -32,6 +32,7 @@ from tiny_training import CHARS, META, TINY, VAL_TOKENS, VOCAB_SIZE
 from tokenizer import CharTokenizer
 from training import run_start
 from training.checkpoints import Checkpoints
+from training.dry_run import activation_bytes
 from training.presets import TRAIN_PRESETS
 from training.run_start import write_description
 from training.token_files import load_data
@@ -355,6 +356,16 @@ def test_resume_refuses_another_tokenizer(out_dir):
     may_change = dataclasses.replace(config.model, dropout=0.1, dtype="bfloat16", remat=True)
     resumed = dataclasses.replace(config, model=may_change)
     run_start.open_checkpoints(resumed, {**META, "source": "elsewhere"}).close()
+
+
+def test_a_plan_has_the_logits_of_a_chunk():
+    """Catches logits without their gradient, of all chunks, or of the whole vocabulary where it is
+    cut: for a large vocabulary they are most of what a step takes."""
+    model = GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=8)
+    config = TrainConfig(model=model, batch_size=6, loss_chunks=4)
+    planned = activation_bytes(config, make_abstract_mesh("data:3,tensor:2", 6))
+    of_a_chunk = 4 * (6 // 3) * (32 // 4) * (256 // 2)  # float32
+    assert planned.logits == 2 * of_a_chunk
 
 
 # Flags of sample.py, followed to what they change.
