@@ -17,6 +17,7 @@ from benchmarks.evaluation import BenchEvalConfig, bench_eval
 from benchmarks.generation import BenchGenerateConfig, bench_generate
 from benchmarks.kernels import BenchKernelConfig, bench_kernel
 from benchmarks.serving import BenchServeConfig, bench_serve
+from benchmarks.speedrun import BenchSpeedrunConfig, bench_speedrun
 from benchmarks.training import BenchCompileConfig, BenchTrainConfig, bench_compile, bench_train
 from training.presets import TRAIN_PRESETS
 
@@ -33,6 +34,7 @@ def of_train_presets(config_class: type) -> dict[str, cli.Preset]:
 BENCHES: dict[str, tuple[type, dict[str, cli.Preset] | None]] = {
     "train": (BenchTrainConfig, of_train_presets(BenchTrainConfig)),
     "compile": (BenchCompileConfig, of_train_presets(BenchCompileConfig)),
+    "speedrun": (BenchSpeedrunConfig, None),
     "checkpoint": (BenchCheckpointConfig, of_train_presets(BenchCheckpointConfig)),
     "generate": (BenchGenerateConfig, None),
     "kernel": (BenchKernelConfig, None),
@@ -44,6 +46,7 @@ BENCHES: dict[str, tuple[type, dict[str, cli.Preset] | None]] = {
 RUN: dict[type, Callable[[Any], dict]] = {
     BenchTrainConfig: bench_train,
     BenchCompileConfig: bench_compile,
+    BenchSpeedrunConfig: bench_speedrun,
     BenchCheckpointConfig: bench_checkpoint,
     BenchGenerateConfig: bench_generate,
     BenchKernelConfig: bench_kernel,

@@ -372,7 +372,8 @@ class EngineConfig(CPUConfig):
     page_size: int = 16
     """Tokens per page of the KV cache. Prefill computes whole pages."""
     kv_cache_memory: MemorySize = 2**30
-    """Memory for keys and values: bytes, or a number with a unit, as in 512MB or 1.5GiB."""
+    """Memory for keys and values, of each device: bytes, or a number with a unit, as in 512MB or
+    1.5GiB."""
     kv_blocks: Annotated[int | None, default_is("what fits kv_cache_memory")] = None
     """Pages for keys and values, instead of kv_cache_memory; one of them is the null page."""
     kv_dtype: Annotated[Dtype | None, default_is("the model's dtype")] = None
@@ -425,10 +426,10 @@ class EngineConfig(CPUConfig):
             param="mesh",
         )
         require(
-            self.mesh is None or self.weights is None,
-            f"weights={self.weights} and mesh={self.mesh}: only native code on one CPU has int8 "
-            "weights; leave one of them out",
-            param="weights",
+            self.mesh is None or (self.weights is None and self.attention != "cpu"),
+            f"mesh={self.mesh} goes neither with weights=int8 nor with attention=cpu: these are "
+            "native code, which runs on one CPU",
+            param="mesh",
         )
 
 

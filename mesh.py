@@ -331,6 +331,21 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
+def divide_layers(mesh: Mesh | AbstractMesh, stacks: Any) -> Any:
+    """Return stacks (L, ...) of what belongs to layers, each layer on one device. Inside jit.
+
+    That is for work on whole layers which all devices would do alike: where the axis "data" alone
+    has more than one device, and L is a multiple of them. Elsewhere stacks stay as they are."""
+    devices = mesh.shape["data"]
+    if devices == 1 or mesh.size != devices:
+        return stacks
+
+    def divide(stack: jax.Array) -> jax.Array:
+        return stack if len(stack) % devices else constrain(mesh, stack, "data")
+
+    return jax.tree.map(divide, stacks)
+
+
 def gather(mesh: Mesh | AbstractMesh, weights: Any, qkv_parts: int | None = None) -> Any:
     """Return weights as matmuls want them: gathered, and sharded over "tensor" only. Inside jit.
 

@@ -21,7 +21,15 @@ import tokenizer
 from checkpoints import read_run
 from config import Dtype, ModelConfig, TrainConfig
 from errors import about_file, require
-from mesh import gather, in_host_memory, make_mesh, path_name, prepare_devices, shardings
+from mesh import (
+    divide_layers,
+    gather,
+    in_host_memory,
+    make_mesh,
+    path_name,
+    prepare_devices,
+    shardings,
+)
 from model import GPT, Params, gpt_graphdef
 from training.layout import Layout
 
@@ -104,7 +112,7 @@ def put_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def initial_state(config: TrainConfig, mesh: Mesh, params: Params | None) -> TrainState:
     """Make the state at step 0 where it will lie; without params they are initialised."""
-    tx = create_optimizer(config)
+    tx = create_optimizer(config, mesh)
     params = params or GPT(config.model, rngs=nnx.Rngs(config.seed)).params()
     graphdef = gpt_graphdef(config.model, Layout(mesh, config.model))
     state = TrainState(
@@ -142,30 +150,46 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 # The same config gives the same object: it is a static part of TrainState, and a new one would
 # compile train_step again.
 @lru_cache
-def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def create_optimizer(
+    config: TrainConfig, mesh: Mesh | AbstractMesh | None = None
+) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024) as config says.
 
     Before it gradients are clipped to a global norm. Weight decay is for what multiplies
     activations, kernels and embeddings, as in GPT-2 and nanoGPT; biases and LayerNorm scales have
     no redundant magnitude to shrink. Muon takes the kernels of the blocks, each layer's matrix by
     itself, with updates scaled to AdamW's size (Liu et al. 2025), so that one learning rate serves
-    both; embeddings and vectors stay with AdamW."""
+    both; embeddings and vectors stay with AdamW. Devices of the mesh that hold the same weights
+    share Muon's work, see divide_layers."""
     rate = learning_rate_schedule(config)
     adamw = partial(optax.adamw, rate, b1=config.beta1, b2=config.beta2)
+    muon = optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=stacked_matrices,
+        consistent_rms=MUON_RMS,
+    )
     transformations = {
         "decay": adamw(weight_decay=config.weight_decay),
         "no_decay": adamw(weight_decay=0.0),
-        "muon": optax.contrib.muon(
-            rate,
-            weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=stacked_matrices,
-            consistent_rms=MUON_RMS,
-        ),
+        "muon": muon if mesh is None else with_divided_layers(muon, mesh),
     }
     by_group = optax.multi_transform(transformations, partial(optimizer_groups, config))
     if config.grad_clip == 0:
         return optax.chain(by_group)
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), by_group)
+
+
+def with_divided_layers(
+    tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> optax.GradientTransformation:
+    """Return tx, whose work on a stack of layers the devices of the mesh divide among them."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new_state = tx.update(divide_layers(mesh, grads), state, params)
+        return divide_layers(mesh, updates), new_state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def optimizer_groups(config: TrainConfig, params: Params) -> Any:

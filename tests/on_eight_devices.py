@@ -216,6 +216,19 @@ def test_a_plan_counts_the_matmuls():
     assert 4 * flops["tensor:4"] == flops["data:1"]
 
 
+def test_muon_is_divided_among_devices():
+    """Catches Muon's products of whole matrices made alike by every device, and updates that are
+    another's layers'."""
+    config = configure(n_layer=2, optimizer="muon")
+    alone, divided = (
+        matmul_flops(compiled_step(layout, config).as_text()) for layout in ("data:1", "data:2")
+    )
+    assert 2 * divided == alone
+    apart = difference(train_on("data:2", config), on_one_device(config))
+    assert apart.loss < 1e-5, apart
+    assert apart.params < 1e-5, apart
+
+
 def test_heads_that_share_keys_are_divided():
     """Catches a c_attn that every device along "tensor" computes whole, or a formula for the FLOPs
     that knows GPT-2's shape only."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import evaluation, serving, training
+from benchmarks import evaluation, serving, speedrun, training
 from benchmarks.checkpoints import BenchCheckpointConfig, bench_checkpoint, noise
 from benchmarks.contender import (
     Contender,
@@ -25,10 +26,12 @@ from benchmarks.contender import (
 from benchmarks.generation import BenchGenerateConfig, generate_requests, stream_requests
 from benchmarks.kernels import BenchKernelConfig, bench_kernel
 from benchmarks.serving import BenchServeConfig, Chunk, Completion, serve_requests
+from benchmarks.speedrun import Point, copy_nanogpt, give_data, read_curve, seconds_to
 from benchmarks.workload import Request, dense_utilization, padded_batches
 from config import GPTConfig, TrainConfig
 from errors import UserError
 from kernels import cpu_kernels
+from tiny_training import VOCAB_SIZE, write_letters
 from utils import TrainState
 
 pytestmark = pytest.mark.slow
@@ -321,3 +324,54 @@ def test_time_of_attention(attention, capsys):
     printed = capsys.readouterr().out
     assert printed.count("page_size") == 2
     assert in_words(best) in printed
+
+
+# The race to a loss.
+
+LOG = """step {0}: train loss 4.2000, val loss 4.3000
+iter 0: loss 4.2, time 9000.00ms, mfu -100.00%
+iter 1: loss 4.1, time 10.00ms, mfu -100.00%
+iter 2: loss 4.0, time 30.00ms, mfu -100.00%
+iter 3: loss 3.9, time 20.00ms, mfu -100.00%
+step 4: train loss 3.1000, val loss 3.2000
+iter 4: loss 3.0, time 8000.00ms, mfu 1.00%
+""".replace("{0}", "0")
+
+
+def test_nanogpts_evaluations_are_no_stepping(monkeypatch):
+    """Catches the seconds of an evaluation counted as those of the update that comes after it, and
+    the loss of the training split."""
+    monkeypatch.setattr(speedrun, "NANOGPT_EVALS", 4)
+    monkeypatch.setattr(speedrun, "NANOGPT_UPDATES", 4)
+    assert read_curve(LOG) == [Point(0.0, 4.3), Point(pytest.approx(0.08), 3.2)]
+
+
+def test_seconds_to_a_loss():
+    """Catches the last point, or the one before the goal, and a run that never gets there."""
+    curve = [Point(0.0, 4.0), Point(1.0, 2.1), Point(2.0, 1.9), Point(3.0, 1.95), Point(4.0, 1.8)]
+    assert seconds_to(1.9, curve) == 2.0
+    assert seconds_to(1.7, curve) == float("inf")
+
+
+def test_nanogpt_runs_as_it_is_but_for_its_seed(tmp_path):
+    """Catches runs that all have one seed, and nanoGPT's model with GPT-2's vocabulary, which it
+    takes where it finds no meta.pkl."""
+    checkout = tmp_path / "nanoGPT"
+    (checkout / "config").mkdir(parents=True)
+    (checkout / "model.py").write_text("model")
+    (checkout / "train.py").write_text("torch.manual_seed(1337 + seed_offset)")
+    here = tmp_path / "here"
+    here.mkdir()
+    copy_nanogpt(checkout, here, seed=2)
+    assert (here / "train.py").read_text() == "torch.manual_seed(1339 + seed_offset)"
+    assert (here / "model.py").read_text() == "model"
+    (checkout / "train.py").write_text("seedless")
+    with pytest.raises(UserError, match="has no"):
+        copy_nanogpt(checkout, tmp_path / "there", seed=2)
+    data = tmp_path / "data"
+    data.mkdir()
+    write_letters(data)
+    give_data(data, here / "data")
+    meta = pickle.loads((here / "data" / "meta.pkl").read_bytes())
+    assert meta == {"vocab_size": VOCAB_SIZE}
+    assert (here / "data" / "val.bin").read_bytes() == (data / "val.bin").read_bytes()
