@@ -47,6 +47,9 @@ MODERN = {
 PROMPTS = int(os.environ.get("PROMPTS", "20"))
 
 MODELS = {"gpt2": GPT2, "modern": MODERN}
+MESHES = {"gpt2": "tensor:2", "modern": "tensor:4"}
+"""The mesh that a model is tried on: each takes its time to compile for."""
+
 LAYOUT = EngineConfig(
     page_size=4,
     kv_blocks=51,
@@ -88,12 +91,11 @@ def answers(mesh: str | None, name: str) -> list[Output]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mesh", ["tensor:2", "tensor:4"])
-def test_answers_as_one_device(mesh, name):
+def test_answers_as_one_device(name):
     """Catches parts of q, k and v that get other heads, a part of the MLP or of the vocabulary
     that is left out of a sum, a bias that each device adds, and tokens of one device's vocabulary
     only."""
-    for output, expected in zip(answers(mesh, name), answers(None, name), strict=True):
+    for output, expected in zip(answers(MESHES[name], name), answers(None, name), strict=True):
         assert output.token_ids == expected.token_ids
         for of_mesh, of_one in (
             (output.logprobs, expected.logprobs),
@@ -110,11 +112,12 @@ def test_answers_as_one_device(mesh, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_each_device_has_its_part(name):
     """Catches a weight or a pool that is whole on every device, if only before the first step."""
-    engine = engine_on("tensor:4", name)
-    kv_heads = engine.model_config.kv_heads
+    engine = engine_on(MESHES[name], name)
+    devices = engine.runner.mesh.size
+    heads = engine.model_config.kv_heads // devices
     empty = PagedKVCache.create(engine.model_config, 9, 4, attention="xla", mesh=engine.runner.mesh)
     for pages in (empty.k_pages, empty.v_pages, *engine.runner.pool):
-        assert {shard.data.shape[2] for shard in pages.addressable_shards} == {kv_heads // 4}
+        assert {shard.data.shape[2] for shard in pages.addressable_shards} == {heads}
     paths, _ = jax.tree_util.tree_flatten_with_path(engine.runner.params)
     whole = [
         jax.tree_util.keystr(path)
@@ -125,7 +128,7 @@ def test_each_device_has_its_part(name):
     assert matrices == (["['wpe']['embedding']"] if name == "gpt2" else [])
     parts = [w.addressable_shards[0].data.nbytes for _, w in paths]
     total = sum(w.nbytes for _, w in paths)
-    assert sum(parts) < 0.3 * total  # a quarter of the matrices, and all of the norms
+    assert sum(parts) < (1 / devices + 0.06) * total  # besides matrices there are norms
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -144,7 +147,7 @@ def test_a_step_talks_no_more_than_it_must(name, monkeypatch):
 
     compile_too._cache_size = step._cache_size
     monkeypatch.setattr(model_runner, "model_step", compile_too)
-    engine_on("tensor:2", name)
+    engine_on(MESHES[name], name)
     assert len(programs) >= 4
     for (rows, tokens), hlo in programs.items():
         added = 4 * rows * tokens * WIDTH
@@ -156,18 +159,15 @@ def test_a_step_talks_no_more_than_it_must(name, monkeypatch):
         assert found == expected, (rows, tokens)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_same_bits_on_a_mesh(steps):
+def test_the_same_bits_on_a_mesh():
     """Catches sums whose order depends on which device is first, and pages of a preempted sequence
-    that come back to the wrong heads."""
+    that come back to the wrong heads. The long form: python tests/same_bits.py --mesh tensor:2"""
     ways = same_bits.compare(
         model_of("modern"),
         16,
         max_num_seqs=4,
         page_size=4,
         prefill_tokens=16,
-        num_scheduler_steps=steps,
-        speculate=(2,) if steps == 1 else (),
         progress=False,
         mesh="tensor:2",
     )

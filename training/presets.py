@@ -108,6 +108,7 @@ TRAIN_PRESETS: dict[str, Preset[TrainConfig]] = {
             optimizer="muon",
             learning_rate=1.2e-2,
             max_iters=280,
+            warmup_iters=28,
             min_lr=1e-4,
             beta2=0.99,
         ),
