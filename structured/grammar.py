@@ -15,7 +15,7 @@ import numpy as np
 
 from errors import UserError, require
 from structured.outputs import MAX_NESTING, StructuredOutput, nesting_of
-from structured.schemas import closed
+from structured.schemas import closed, dicts_in
 from tokenizer import Tokenizer
 
 WORD_BITS = 32
@@ -236,16 +236,10 @@ def parse_schema(text: str) -> Any:
 def fixed_texts(schema: Any) -> list[Any]:
     """Return the values of a schema that an answer may have to hold as they are written."""
     found: list[Any] = []
-    level = [schema]
-    while level:
-        item = level.pop()
-        if isinstance(item, list):
-            level += item
-        elif isinstance(item, dict):
-            found += item["enum"] if isinstance(item.get("enum"), list) else []
-            found += [item["const"]] if "const" in item else []
-            found += item["properties"] if isinstance(item.get("properties"), dict) else []
-            level += item.values()
+    for item in dicts_in(schema):
+        found += item["enum"] if isinstance(item.get("enum"), list) else []
+        found += [item["const"]] if "const" in item else []
+        found += item["properties"] if isinstance(item.get("properties"), dict) else []
     return found
 
 

@@ -1,5 +1,6 @@
 """JSON schemas as answers should keep to them: see `closed`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 SAYS_WHAT_ELSE = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
@@ -25,17 +26,23 @@ def closed(schema: Any) -> Any:
 
 def combines_objects(schema: Any) -> bool:
     """Return whether, anywhere in a schema, more than one may hold for the same object."""
-    level = [schema]
+    for item in dicts_in(schema):
+        has_own = bool(OF_AN_OBJECT & item.keys())
+        if isinstance(item.get("allOf"), list) or (has_own and COMBINE & item.keys()):
+            return True
+    return False
+
+
+def dicts_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every dict of a JSON value, however deep it lies."""
+    level = [value]
     while level:
         item = level.pop()
         if isinstance(item, list):
             level += item
         elif isinstance(item, dict):
-            has_own = bool(OF_AN_OBJECT & item.keys())
-            if isinstance(item.get("allOf"), list) or (has_own and COMBINE & item.keys()):
-                return True
+            yield item
             level += item.values()
-    return False
 
 
 def _close(schema: Any) -> Any:
