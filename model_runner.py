@@ -28,6 +28,7 @@ from mesh import (
     cut_for_engine,
     engine_mesh,
     in_host_memory,
+    pool_sharding,
     replicated,
     shards_of_heads,
 )
@@ -176,7 +177,7 @@ class ModelRunner:
         # that a step takes is so from the start: what became so after the first step would compile
         # every program again, in the middle of the first request.
         self.params = place_params(model, self.packing, self.mesh)
-        self.pool: Pool = (cache.k_pages, cache.v_pages)
+        self.pool: Pool = jax.device_put((cache.k_pages, cache.v_pages), pool_sharding(self.mesh))
         if self.mesh is None and jax.default_backend() == "cpu":
             cpu_memory.keep_freed_memory()
             cpu_memory.use_huge_pages(jax.tree.leaves((self.params, self.pool)))

@@ -87,9 +87,10 @@ class PagedKVCache:
         stored = pool_dtype(dtype)
         shape = pool_shape(config, num_pages, page_size, attention, shards_of_heads(mesh))
         none = jnp.zeros(0, jnp.int32)
+        placement = None if mesh is None else pool_sharding(mesh)
         return cls(
-            k_pages=jnp.zeros(shape, stored, device=pool_sharding(mesh)),
-            v_pages=jnp.zeros(shape, stored, device=pool_sharding(mesh)),
+            k_pages=jnp.zeros(shape, stored, device=placement),
+            v_pages=jnp.zeros(shape, stored, device=placement),
             block_tables=none[None],
             context_lens=none,
             new_lens=none,
