@@ -310,9 +310,8 @@ class ModelRunner:
         seq = Sequence(SampleKey(0, 0), [0], SamplingParams(seed=0))
         row = slot_row(seq, self.model_config)
         slots = jax.tree.map(lambda a: np.stack([np.asarray(a)] * (self.max_num_seqs + 1)), row)
-        return write_some(
-            jax.device_put(slots, replicated(self.mesh)), [], self.padding_slot
-        )  # compiles
+        slots = jax.device_put(slots, replicated(self.mesh))
+        return write_some(slots, [], self.padding_slot)  # compiles
 
     def _choose_sizes(self, progress: bool) -> tuple[list[int], list[int]]:
         """Run every program once, which compiles it. Return the sizes of prefill and decode calls.

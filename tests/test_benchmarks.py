@@ -26,7 +26,14 @@ from benchmarks.contender import (
 from benchmarks.generation import BenchGenerateConfig, generate_requests, stream_requests
 from benchmarks.kernels import BenchKernelConfig, bench_kernel
 from benchmarks.serving import BenchServeConfig, Chunk, Completion, serve_requests
-from benchmarks.speedrun import Point, copy_nanogpt, give_data, read_curve, seconds_to
+from benchmarks.speedrun import (
+    Point,
+    copy_nanogpt,
+    give_data,
+    read_curve,
+    seconds_to,
+    speedrun_figures,
+)
 from benchmarks.workload import Request, dense_utilization, padded_batches
 from config import GPTConfig, TrainConfig
 from errors import UserError
@@ -328,14 +335,14 @@ def test_time_of_attention(attention, capsys):
 
 # The race to a loss.
 
-LOG = """step {0}: train loss 4.2000, val loss 4.3000
+LOG = """step 0: train loss 4.2000, val loss 4.3000
 iter 0: loss 4.2, time 9000.00ms, mfu -100.00%
 iter 1: loss 4.1, time 10.00ms, mfu -100.00%
 iter 2: loss 4.0, time 30.00ms, mfu -100.00%
 iter 3: loss 3.9, time 20.00ms, mfu -100.00%
 step 4: train loss 3.1000, val loss 3.2000
 iter 4: loss 3.0, time 8000.00ms, mfu 1.00%
-""".replace("{0}", "0")
+"""
 
 
 def test_nanogpts_evaluations_are_no_stepping(monkeypatch):
@@ -351,6 +358,16 @@ def test_seconds_to_a_loss():
     curve = [Point(0.0, 4.0), Point(1.0, 2.1), Point(2.0, 1.9), Point(3.0, 1.95), Point(4.0, 1.8)]
     assert seconds_to(1.9, curve) == 2.0
     assert seconds_to(1.7, curve) == float("inf")
+
+
+def test_a_goal_that_is_not_reached_is_no_number():
+    """Catches Infinity in the report, which is no JSON, and a ratio to it."""
+    slow = [Point(0.0, 4.0), Point(9.0, 2.0)]
+    fast = [Point(0.0, 4.0), Point(3.0, 1.9)]
+    reached = speedrun_figures([slow] * 3, [fast] * 3)
+    assert reached["seconds"] == 3.0 and reached["ratio"] == 3.0
+    missed = speedrun_figures([fast] * 3, [slow] * 3)
+    assert missed["seconds"] is None and missed["ratio"] is None
 
 
 def test_nanogpt_runs_as_it_is_but_for_its_seed(tmp_path):
